@@ -1,0 +1,1 @@
+"""CLIP in JAX: image and text towers, exact losses over a device mesh, one trainer."""

@@ -1,0 +1,114 @@
+"""What a training step gets: batches as a pure function of (config, seed, step), read by Grain's threads."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from clip_jax.data import transforms
+from clip_jax.data.order import Order, generator
+from clip_jax.data.sources import PairSource
+from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.errors import DataError, RecordError
+
+Element = dict[str, np.ndarray]
+MAX_ATTEMPTS = 32  # bad records in a row at one position, after which the source is given up
+
+_reported: set[str] = set()
+
+
+@dataclass(frozen=True)
+class PairElements:
+    """The training example at a position: image uint8 [S, S, 3], text int32 [L], `rejected` (a count).
+
+    A bad record is replaced by the one that `order` names next for this position, and counted.
+    `keyword_rate`: how often keywords, some of them in random order, join the text or stand in its place.
+    """
+
+    source: PairSource
+    order: Order
+    tokenizer: Tokenizer
+    image_size: int
+    context_length: int
+    augment: transforms.Augmentation
+    keyword_rate: float = 0.0
+
+    def __call__(self, position: int) -> Element:
+        for attempt in range(MAX_ATTEMPTS):
+            index = self.order.index(position, attempt)
+            rng = generator(self.order.seed, position, attempt, 2)
+            try:
+                pair = self.source[index]
+                image = transforms.decode(pair.image, pair.key)
+                text = self._text(pair.key, pair.text, pair.keywords, rng)
+            except RecordError as error:
+                if str(error) not in _reported:  # once for each record and process
+                    _reported.add(str(error))
+                    logging.warning("record replaced: %s", error)
+                continue
+            return {
+                "image": transforms.training_image(image, self.image_size, self.augment, rng),
+                "text": self.tokenizer(text, self.context_length)[0],
+                "rejected": np.int32(attempt),
+            }
+        raise DataError(f"{MAX_ATTEMPTS} bad records in a row at position {position}; see the warnings above")
+
+    def _text(self, key: str, text: str, keywords: Sequence[str], rng: np.random.Generator) -> str:
+        if not text.strip():
+            raise RecordError(f"{key}: the text is empty")
+        if keywords and rng.random() < self.keyword_rate:
+            count = rng.integers(1, min(len(keywords), 4) + 1)
+            chosen = [keywords[i] for i in rng.permutation(len(keywords))[:count]]
+            # Keywords alone, too: a name must not be what the text is recognised by.
+            return ", ".join([text, *chosen] if rng.random() < 0.5 else chosen)
+        return text
+
+
+@dataclass(frozen=True)
+class Batches:
+    """This process's rows of the batches of steps start … stop - 1.
+
+    `rows` are the global rows that its devices hold (`sharding.local_rows`): step s holds the positions
+    s·batch_size + row. The state of the input is therefore the step.
+    """
+
+    element: Callable[[int], Element]
+    batch_size: int
+    rows: np.ndarray
+    threads: int = 2
+    prefetch: int = 2  # batches
+
+    def __call__(self, start: int, stop: int) -> Iterator[Mapping[str, np.ndarray]]:
+        k = len(self.rows)
+
+        def position(j: int) -> int:
+            step, row = divmod(j, k)
+            return step * self.batch_size + int(self.rows[row])
+
+        records = grain.MapDataset.range(start * k, stop * k).map(lambda j: self.element(position(int(j))))
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=max(1, self.prefetch * k))
+        return iter(records.to_iter_dataset(options).batch(k))
+
+
+def evaluation_batches(
+    source: PairSource, image_size: int, batch_size: int, rows: np.ndarray
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """All records of a source in order, this process's rows of each batch: ({"image"}, good).
+
+    The last batch is filled up with its last record. `good` [batch_size] bool tells, for all rows this
+    process holds, which are records that decode; the others' images are black.
+    """
+    for start in range(0, len(source), batch_size):
+        images = np.zeros((len(rows), image_size, image_size, 3), np.uint8)
+        good = np.zeros(len(rows), bool)
+        for j, row in enumerate(rows):
+            if start + row < len(source):
+                pair = source[start + int(row)]
+                try:
+                    images[j] = transforms.evaluation_image(transforms.decode(pair.image, pair.key), image_size)
+                    good[j] = True
+                except RecordError as error:
+                    logging.warning("record left out of the evaluation: %s", error)
+        yield {"image": images}, good

@@ -1,0 +1,85 @@
+"""From encoded bytes to pixels: on the host up to uint8, on the device from there on."""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from clip_jax.errors import RecordError
+
+# A decoded image above this is refused before its pixels are allocated.
+MAX_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training changes in an image. The defaults are CLIP's: a random crop of 0.9–1.0 of the area.
+
+    `scale`: area of the crop; `ratio`: its aspect; `rotate`: degrees, either way; `jitter`: of brightness,
+    contrast and saturation, as a share; `grayscale`: probability.
+    """
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    rotate: float = 0.0
+    jitter: float = 0.0
+    grayscale: float = 0.0
+
+
+def decode(data: bytes, key: str) -> Image.Image:
+    """Encoded bytes → RGB. Raises RecordError, naming the record, for what is no image or too large."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if math.prod(image.size) > MAX_PIXELS:
+                raise RecordError(f"{key}: an image of {image.size[0]}×{image.size[1]} pixels is too large")
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RecordError(f"{key}: the image does not decode ({str(error).splitlines()[0][:120]})") from None
+
+
+def evaluation_image(image: Image.Image, size: int) -> np.ndarray:
+    """Shorter side to `size` (bicubic), centre crop. Returns uint8 [size, size, 3]."""
+    width, height = image.size
+    if (width, height) != (size, size):
+        scale = size / min(width, height)
+        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image, dtype=np.uint8)
+
+
+def training_image(image: Image.Image, size: int, augment: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """A random resized crop, never flipped (texts say "left"), and what `augment` adds. uint8 [size, size, 3]."""
+    if augment.rotate:
+        angle = rng.uniform(-augment.rotate, augment.rotate)
+        image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255))
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=_crop_box(image.size, augment, rng))
+    if augment.jitter:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhance(image).enhance(1 + rng.uniform(-augment.jitter, augment.jitter))
+    if augment.grayscale and rng.random() < augment.grayscale:
+        image = image.convert("L").convert("RGB")
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _crop_box(
+    size: tuple[int, int], augment: Augmentation, rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    width, height = size
+    area = width * height * rng.uniform(*augment.scale)
+    ratio = math.exp(rng.uniform(math.log(augment.ratio[0]), math.log(augment.ratio[1])))
+    w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return left, top, left + w, top + h
+
+
+def normalize(image: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """uint8 [..., 3] → float32, scaled to 0–1, less the mean, over the standard deviation. On the device."""
+    scaled = image.astype(jnp.float32) / 255
+    return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)

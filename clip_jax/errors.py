@@ -1,0 +1,25 @@
+"""Errors that a user can mend: each is one line that names the file, key or shape and what was expected."""
+
+
+class UserError(Exception):
+    """What the commands print as one line, without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
+    """A config, a mesh or a shape that does not fit."""
+
+
+class DataError(UserError):
+    """A source that can't be read."""
+
+
+class RecordError(UserError):
+    """A record that can't be used; training replaces it by rule and counts it."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, unfinished or of something else."""
+
+
+class TrainingError(UserError):
+    """A run that can't start or go on."""

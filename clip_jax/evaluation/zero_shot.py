@@ -1,0 +1,34 @@
+"""Zero-shot classification (arXiv 2103.00020 §3.1). Dimension letters: B images, C classes, E width."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def class_embeddings(
+    encode: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], templates: Sequence[str] = ("{}",)
+) -> np.ndarray:
+    """A class's embedding: its prompts encoded, each normalised, their mean, normalised again.
+
+    Args:
+      encode: texts → normalised embeddings [len, E].
+      names: the C classes.
+      templates: prompts with one `{}` for the name.
+
+    Returns:
+      [C, E] float32.
+    """
+    prompts = [template.format(name) for name in names for template in templates]
+    mean = encode(prompts).reshape(len(names), len(templates), -1).mean(axis=1)
+    return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def top_classes(image_embeddings: np.ndarray, classes: np.ndarray, k: int) -> np.ndarray:
+    """The k most similar classes of each image, best first, ties to the lower index. [B, k] int."""
+    similarity = image_embeddings @ classes.T
+    return np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+
+
+def accuracy(top: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """The share of images whose label is among their first k classes."""
+    return float((top[:, :k] == labels[:, None]).any(axis=1).mean())

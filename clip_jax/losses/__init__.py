@@ -1,0 +1,5 @@
+"""Losses over a mesh: sharded embeddings in, one exact global scalar out."""
+
+from clip_jax.losses.contrastive import contrastive_loss
+
+__all__ = ["contrastive_loss"]

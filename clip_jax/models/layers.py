@@ -1,0 +1,216 @@
+"""The transformer block that the ViT and the text tower share, as OpenAI's CLIP has it (pre-LN).
+
+Dimensions, here and in every model file: B batch, L sequence length, N image tokens, D width,
+H heads, K head size, M feed-forward width, E joint embedding, C channels, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clip_jax.errors import ConfigError
+
+Array = jax.Array
+Dtype = Any
+RESIDUAL = ("batch", "length", "residual")  # logical axes of the residual stream
+
+
+def quick_gelu(x: Array) -> Array:
+    """x·σ(1.702x): the activation of OpenAI's own weights."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def normal(std: float, *names: str | None) -> Callable:
+    """A normal initialiser of the given standard deviation whose parameter carries logical axes."""
+    return nn.with_logical_partitioning(nn.initializers.normal(std), names)
+
+
+def zeros(*names: str | None) -> Callable:
+    return nn.with_logical_partitioning(nn.initializers.zeros_init(), names)
+
+
+def ones(*names: str | None) -> Callable:
+    return nn.with_logical_partitioning(nn.initializers.ones_init(), names)
+
+
+def layer_norm(name: str, dtype: Dtype) -> nn.LayerNorm:
+    """LayerNorm with the peers' epsilon (Flax's default is 1e-6); statistics in float32 or wider.
+
+    The two-pass variance costs little and does not cancel where the mean is large.
+    """
+    return nn.LayerNorm(
+        epsilon=1e-5,
+        dtype=dtype,
+        use_fast_variance=False,
+        scale_init=ones("residual"),
+        bias_init=zeros("residual"),
+        name=name,
+    )
+
+
+def attention(q_BxLxHxK: Array, k_BxSxHxK: Array, v_BxSxHxK: Array, mask: Array | None = None) -> Array:
+    """softmax(q·kᵀ/√K)·v, the softmax in float32 or wider. Returns [B, L, H, K].
+
+    `mask` is boolean and broadcasts against [B, H, L, S]; True marks what may be attended.
+    """
+    wide = jnp.promote_types(q_BxLxHxK.dtype, jnp.float32)
+    scale = q_BxLxHxK.shape[-1] ** -0.5
+    logits = jnp.einsum("BLHK,BSHK->BHLS", q_BxLxHxK * scale, k_BxSxHxK, preferred_element_type=wide)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v_BxSxHxK.dtype)
+    return jnp.einsum("BHLS,BSHK->BLHK", weights, v_BxSxHxK)
+
+
+class Linear(nn.Module):
+    """An affine map over any axes, spelled as an einsum: `spec` multiplies x by a kernel of `shape`.
+
+    `axes` are the kernel's logical axes; the bias has the kernel's last `bias_rank` dimensions.
+    (nn.DenseGeneral draws its kernel flat, which no longer fits its logical axes where a mesh is set.)
+    """
+
+    spec: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float
+    bias_rank: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", normal(self.std, *self.axes), self.shape)
+        bias_axes = ("residual",) if self.axes[-1] == "embed" else self.axes[-self.bias_rank :]
+        bias = self.param("bias", zeros(*bias_axes), self.shape[-self.bias_rank :])
+        return jnp.einsum(self.spec, x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+def split_heads(width: int, heads: int, name: str, dtype: Dtype) -> Linear:
+    """[B, L, D] → [B, L, H, K] with H·K = D."""
+    if width % heads:
+        raise ConfigError(f"width {width} is not divisible by heads {heads}")
+    shape = (width, heads, width // heads)
+    return Linear("BLD,DHK->BLHK", shape, ("embed", "heads", "head_size"), width**-0.5, 2, dtype, name=name)
+
+
+def merge_heads(heads: int, head_size: int, out: int, axis: str, std: float, dtype: Dtype) -> Linear:
+    """[B, L, H, K] → [B, L, `out`]; `axis` is the logical name of what comes out."""
+    return Linear(
+        "BLHK,HKD->BLD", (heads, head_size, out), ("heads", "head_size", axis), std, 1, dtype, name="out"
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases.
+
+    `out_std` is the initial standard deviation of the output projection.
+    """
+
+    heads: int
+    out_std: float
+    causal: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxLxD: Array) -> Array:
+        length, width = x_BxLxD.shape[-2:]
+
+        def project(name: str) -> Array:
+            y = split_heads(width, self.heads, name, self.dtype)(x_BxLxD)
+            return nn.with_logical_constraint(y, ("batch", "length", "heads", "head_size"))
+
+        mask = jnp.tril(jnp.ones((length, length), bool)) if self.causal else None
+        y_BxLxHxK = attention(project("query"), project("key"), project("value"), mask)
+        return merge_heads(self.heads, width // self.heads, width, "embed", self.out_std, self.dtype)(y_BxLxHxK)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around the activation: D → M → D."""
+
+    mlp_width: int
+    activation: str
+    out_std: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxLxD: Array) -> Array:
+        width = x_BxLxD.shape[-1]
+        h_BxLxM = nn.Dense(
+            self.mlp_width,
+            dtype=self.dtype,
+            kernel_init=normal((2 * width) ** -0.5, "embed", "mlp"),
+            bias_init=zeros("mlp"),
+            name="up",
+        )(x_BxLxD)
+        h_BxLxM = nn.with_logical_constraint(ACTIVATIONS[self.activation](h_BxLxM), ("batch", "length", "mlp"))
+        return nn.Dense(
+            width,
+            dtype=self.dtype,
+            kernel_init=normal(self.out_std, "mlp", "embed"),
+            bias_init=zeros("residual"),
+            name="down",
+        )(h_BxLxM)
+
+
+class Block(nn.Module):
+    """x + attention(LN(x)), then x + feed-forward(LN(x))."""
+
+    heads: int
+    mlp_width: int
+    activation: str
+    out_std: float
+    causal: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxLxD: Array, _: None = None) -> tuple[Array, None]:
+        y = layer_norm("attention_norm", self.dtype)(x_BxLxD)
+        y = Attention(self.heads, self.out_std, self.causal, self.dtype, name="attention")(y)
+        x_BxLxD = nn.with_logical_constraint(x_BxLxD + y, RESIDUAL)
+        y = layer_norm("mlp_norm", self.dtype)(x_BxLxD)
+        y = FeedForward(self.mlp_width, self.activation, self.out_std, self.dtype, name="mlp")(y)
+        return nn.with_logical_constraint(x_BxLxD + y, RESIDUAL), None
+
+
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "full": None,  # keep only each block's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Transformer(nn.Module):
+    """`layers` blocks as one scanned block: parameters are stacked on a leading `layers` axis.
+
+    `remat`: "none", or a policy of REMAT_POLICIES: what the backward pass need not recompute.
+    """
+
+    layers: int
+    heads: int
+    mlp_width: int
+    activation: str = "quick_gelu"
+    causal: bool = False
+    remat: str = "none"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxLxD: Array) -> Array:
+        block: Any = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        out_std = x_BxLxD.shape[-1] ** -0.5 * (2 * self.layers) ** -0.5
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.heads, self.mlp_width, self.activation, out_std, self.causal, self.dtype, name="blocks")
+        return blocks(nn.with_logical_constraint(x_BxLxD, RESIDUAL), None)[0]

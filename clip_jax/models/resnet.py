@@ -1,0 +1,129 @@
+"""CLIP's ResNet (arXiv 2103.00020 §2.4): three-convolution stem, anti-aliased strides, attention pool.
+Dimension letters: see `layers.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from clip_jax.errors import ConfigError
+from clip_jax.models.layers import Array, attention, merge_heads, normal, ones, split_heads, zeros
+
+FEATURES = ("batch", None, None, "channels")  # logical axes of a feature map [B, h, w, C]
+
+
+def conv(features: int, kernel: int, name: str, dtype: Any, stride: int = 1) -> nn.Conv:
+    """A convolution without bias, its padding symmetric as in the peer ("SAME" is not, under a stride)."""
+    init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=stride,
+        padding=kernel // 2,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(init, (None, None, "conv_in", "channels")),
+        name=name,
+    )
+
+
+def batch_norm(train: bool, name: str, dtype: Any, zero_scale: bool = False) -> nn.BatchNorm:
+    """Statistics are those of the global batch: under jit a mean over a sharded axis is the whole mean."""
+    scale_init = zeros("channels") if zero_scale else ones("channels")
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        scale_init=scale_init,
+        bias_init=zeros("channels"),
+        name=name,
+    )
+
+
+def average_pool(x_BxhxwxC: Array, stride: int) -> Array:
+    """Mean of each stride × stride window; what does not fill a window is dropped."""
+    B, h, w, C = x_BxhxwxC.shape
+    h, w = h // stride, w // stride
+    x = x_BxhxwxC[:, : h * stride, : w * stride].reshape(B, h, stride, w, stride, C)
+    return x.mean(axis=(2, 4))
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 (4 × wider); a stride is an average pool after the 3×3 and before the shortcut's 1×1."""
+
+    features: int
+    stride: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxhxwxC: Array, train: bool) -> Array:
+        out = 4 * self.features
+        y = nn.relu(batch_norm(train, "bn1", self.dtype)(conv(self.features, 1, "conv1", self.dtype)(x_BxhxwxC)))
+        y = nn.relu(batch_norm(train, "bn2", self.dtype)(conv(self.features, 3, "conv2", self.dtype)(y)))
+        y = average_pool(y, self.stride) if self.stride > 1 else y
+        y = batch_norm(train, "bn3", self.dtype, zero_scale=True)(conv(out, 1, "conv3", self.dtype)(y))
+        if self.stride > 1 or x_BxhxwxC.shape[-1] != out:
+            x = average_pool(x_BxhxwxC, self.stride) if self.stride > 1 else x_BxhxwxC
+            shortcut = batch_norm(train, "shortcut_bn", self.dtype)(conv(out, 1, "shortcut_conv", self.dtype)(x))
+        else:
+            shortcut = x_BxhxwxC
+        return nn.with_logical_constraint(nn.relu(shortcut + y), FEATURES)
+
+
+class AttentionPool(nn.Module):
+    """One query, the mean of the grid, attends to [mean, grid] with projections of its own."""
+
+    heads: int
+    embed_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens_BxNxC: Array) -> Array:
+        C = tokens_BxNxC.shape[-1]
+        x_BxNxC = jnp.concatenate([tokens_BxNxC.mean(axis=1, keepdims=True), tokens_BxNxC], axis=1)
+        position = self.param("position_embedding", normal(C**-0.5, None, "embed"), x_BxNxC.shape[1:])
+        x_BxNxC = x_BxNxC + position.astype(self.dtype)
+
+        query, key, value = (split_heads(C, self.heads, n, self.dtype) for n in ("query", "key", "value"))
+        y_Bx1xHxK = attention(query(x_BxNxC[:, :1]), key(x_BxNxC), value(x_BxNxC))
+        out = merge_heads(self.heads, C // self.heads, self.embed_dim, "joint", C**-0.5, self.dtype)
+        return out(y_Bx1xHxK)[:, 0]
+
+
+class ResNet(nn.Module):
+    """Pixels [B, S, S, 3] → (pooled [B, E], tokens [B, h·w, 32·width]).
+
+    `layers` are the blocks of each stage; `tokens` are the last stage's feature map, row by row.
+    Needs the collection `batch_stats`, mutable where `train` is true.
+    """
+
+    image_size: int
+    width: int
+    layers: Sequence[int]
+    heads: int
+    embed_dim: int
+    dtype: Any = jnp.float32
+
+    num_prefix_tokens = 0
+
+    @nn.compact
+    def __call__(self, image_BxSxSx3: Array, train: bool = False) -> tuple[Array, Array]:
+        if image_BxSxSx3.shape[1:3] != (self.image_size, self.image_size):
+            height, width = image_BxSxSx3.shape[1:3]
+            raise ConfigError(f"image of {height}×{width} pixels: expected {self.image_size}×{self.image_size}")
+        x = image_BxSxSx3.astype(self.dtype)
+        for i, (features, stride) in enumerate([(self.width // 2, 2), (self.width // 2, 1), (self.width, 1)], 1):
+            x = conv(features, 3, f"stem_conv{i}", self.dtype, stride)(x)
+            x = nn.relu(batch_norm(train, f"stem_bn{i}", self.dtype)(x))
+        x = nn.with_logical_constraint(average_pool(x, 2), FEATURES)
+        for stage, blocks in enumerate(self.layers):
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                x = Bottleneck(self.width * 2**stage, stride, self.dtype, name=f"stage{stage + 1}_block{block}")(
+                    x, train
+                )
+        tokens_BxNxC = x.reshape(x.shape[0], -1, x.shape[-1])
+        return AttentionPool(self.heads, self.embed_dim, self.dtype, name="pool")(tokens_BxNxC), tokens_BxNxC

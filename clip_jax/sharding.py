@@ -1,0 +1,162 @@
+"""The mesh, the rules from logical to mesh axes, and where arrays go: the only file that names mesh axes.
+
+Axes of the mesh: `replica` (data parallel), `fsdp` (data parallel, parameters sharded) and `tensor`
+(each layer sharded). Modules name logical axes; a table of rules, which a config may swap, maps the
+one to the other.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from clip_jax.errors import ConfigError
+
+Rules = Sequence[tuple[str, Any]]
+
+MESH_AXES = ("replica", "fsdp", "tensor")
+BATCH_AXES = ("replica", "fsdp")  # the axes over which examples, and so embeddings, are sharded
+
+# Earlier rules claim a mesh axis first. `residual` is the width of activations and of what is added to
+# them; `embed` the width of a parameter: sharding both over `fsdp` would shard activations twice.
+DEFAULT_RULES: Rules = (
+    ("batch", BATCH_AXES),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("channels", "tensor"),
+    ("embed", "fsdp"),
+    ("conv_in", "fsdp"),
+    ("residual", None),
+    ("length", None),
+    ("head_size", None),
+    ("joint", None),
+    ("layers", None),
+)
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of axes `MESH_AXES` over all (or the given) devices; one size may be -1: what is left.
+
+    Axes are Auto: under Explicit ones `with_logical_constraint` asserts instead of constraining.
+    Raises ConfigError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: 1 for axis in MESH_AXES} | {"fsdp": -1} if shape is None else dict(shape)
+    if unknown := set(sizes) - set(MESH_AXES):
+        raise ConfigError(f"mesh axis {sorted(unknown)[0]!r}: expected axes {', '.join(MESH_AXES)}")
+    sizes = {axis: int(sizes.get(axis, 1)) for axis in MESH_AXES}
+    known = math.prod(n for n in sizes.values() if n != -1)
+    if list(sizes.values()).count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
+    if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
+        raise ConfigError(f"mesh {dict(sizes)} needs {known} devices or a multiple; there are {len(devices)}")
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+@contextmanager
+def use_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
+    """Inside, Linen's logical constraints are real: it finds the mesh through `jax.set_mesh` only.
+
+    Rules are no part of jit's cache key: trace a fresh `jax.jit` for each table.
+    """
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh divides a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises ConfigError where the mesh does not divide the batch."""
+    if batch_size % batch_shards(mesh):
+        raise ConfigError(
+            f"batch_size {batch_size} is not divisible by the {batch_shards(mesh)} data-parallel parts "
+            f"of mesh {dict(mesh.shape)}"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples (the leading axis) over the data-parallel axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_names(abstract: Any, rules: Rules) -> None:
+    """Raises ConfigError for a parameter's logical axis without a rule: Linen would leave it unsharded."""
+    known = {name for name, _ in rules}
+    for path, spec in jax.tree_util.tree_leaves_with_path(
+        nn.get_partition_spec(abstract), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    ):
+        for name in spec:
+            if name is not None and name not in known:
+                raise ConfigError(f"{jax.tree_util.keystr(path)}: no sharding rule for its axis {name!r}")
+
+
+def unbox(tree: Any) -> Any:
+    """Parameters without their logical axes. (Flax's own unbox also constrains them, outside jit in vain.)"""
+    return jax.tree.map(
+        lambda x: x.value if isinstance(x, nn.LogicallyPartitioned) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
+    )
+
+
+def tree_shardings(abstract: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """NamedShardings for a tree of (boxed) abstract parameters or of anything that mirrors them.
+
+    A mesh axis that does not divide its dimension is dropped (a first convolution's 3 channels), and logged.
+    """
+    check_names(abstract, rules)
+    shapes = unbox(abstract)
+    specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
+
+    def fit(path: Any, leaf: Any, sharding: NamedSharding) -> NamedSharding:
+        axes = []
+        for size, axis in zip(leaf.shape, tuple(sharding.spec) + (None,) * leaf.ndim, strict=False):
+            parts = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+            if size % parts:
+                logging.debug("%s: %d not divisible by %s", jax.tree_util.keystr(path), size, axis)
+                axis = None
+            axes.append(axis)
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree_util.tree_map_with_path(fit, shapes, specs)
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """The rows of a global batch which this process's devices hold, sorted.
+
+    Two processes hold the same rows where the tensor axis spans both.
+    """
+    rows: set[int] = set()
+    for (index, *_) in sharding.addressable_devices_indices_map((batch_size,)).values():
+        rows.update(range(*index.indices(batch_size)))
+    return np.array(sorted(rows))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> dict[str, jax.Array]:
+    """This process's rows of a batch (in the order of `local_rows`) → global arrays [batch_size, …]."""
+    position = {row: i for i, row in enumerate(local_rows(sharding, batch_size))}
+
+    def place(rows: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return rows[position[start] : position[stop - 1] + 1]
+
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, shard)
+
+    return {key: place(np.asarray(rows)) for key, rows in batch.items()}

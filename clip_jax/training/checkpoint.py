@@ -1,0 +1,282 @@
+"""Checkpoints: Orbax behind one module. Saved asynchronously, committed atomically, verified before use.
+
+A checkpoint is a directory `checkpoints/<step>` of items, each with files of its own: `params.<tower>` for
+each top-level key of the parameters, `state` (BatchNorm statistics) and `train` (step and optimiser state).
+`manifest.json`, with the size and sha256 of every file, is written after Orbax has committed; a directory
+without one is not taken for a checkpoint. One tower is read, and verified, without touching the rest.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from clip_jax.errors import CheckpointError
+from clip_jax.training.state import TrainState, leaf_paths, partition
+
+PyTree = Any
+MANIFEST = "manifest.json"
+
+
+def items_of(state: TrainState) -> dict[str, PyTree]:
+    """The state as a checkpoint's items."""
+    items: dict[str, PyTree] = {f"params.{key}": {key: value} for key, value in state.params.items()}
+    if jax.tree.leaves(state.model_state):
+        items["state"] = state.model_state
+    items["train"] = {"step": state.step, "opt_state": state.opt_state}
+    return items
+
+
+def state_of(items: Mapping[str, PyTree], like: TrainState) -> TrainState:
+    """The inverse of `items_of`; `like` says which parameters are frozen."""
+    params: dict[str, Any] = {}
+    for name, item in items.items():
+        if name.startswith("params."):
+            params |= item
+    trainable, frozen = partition(params, leaf_paths(like.frozen).__contains__)
+    return TrainState(
+        step=items["train"]["step"],
+        trainable=trainable,
+        frozen=frozen,
+        model_state=items.get("state", like.model_state),
+        opt_state=items["train"]["opt_state"],
+    )
+
+
+class Checkpointer:
+    """Saves a run's checkpoints under `directory` and finds the newest one that can be believed."""
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory, self._keep = directory, keep
+        self._finishing: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def clean(self) -> None:
+        """Removes what a killed run left half-written. Call before the first save, from every process."""
+        if jax.process_index() == 0 and self.directory.is_dir():
+            for path in self.directory.iterdir():
+                if path.is_dir() and not (path / MANIFEST).is_file():
+                    logging.info("removing %s: not a finished checkpoint", path)
+                    shutil.rmtree(path)
+        _barrier("clean")
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"{step:08d}"
+
+    def save(self, state: TrainState, step: int, metadata: Mapping[str, Any]) -> None:
+        """Starts saving and returns; waits first for the save before it. Raises what that one met."""
+        self.wait()
+        path = self.path(step)
+        response = ocp.save_checkpointables_async(path, items_of(state), custom_metadata=dict(metadata))
+
+        def finish() -> None:
+            try:
+                response.result()
+                if jax.process_index() == 0:
+                    write_manifest(path)
+                    for old in self.steps()[: -self._keep]:
+                        shutil.rmtree(self.path(old))
+            except BaseException as error:  # carried over to the training thread by wait()
+                self._error = error
+
+        self._finishing = threading.Thread(target=finish, name="checkpoint")
+        self._finishing.start()
+
+    def wait(self) -> None:
+        """Until the last save is committed and its manifest written."""
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise CheckpointError(f"{self.directory}: saving a checkpoint failed: {error}") from error
+
+    def restore_latest(self, abstract: TrainState) -> TrainState | None:
+        """The newest checkpoint that passes verification, on the shardings of `abstract`; None if there is none.
+
+        Raises CheckpointError where every checkpoint is damaged, or for another architecture.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                verify(self.path(step))
+            except CheckpointError as error:
+                logging.warning("%s; going back to an older checkpoint", error)
+                damaged.append(str(error))
+                continue
+            return state_of(restore(self.path(step), items_of(abstract)), abstract)
+        if damaged:
+            raise CheckpointError(damaged[0])
+        return None
+
+
+def write_manifest(path: Path) -> None:
+    """Writes sizes and digests of every file of a committed checkpoint, itself atomically."""
+    files = {
+        str(file.relative_to(path)): {"size": file.stat().st_size, "sha256": _digest(file)}
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    temporary = path / (MANIFEST + ".tmp")
+    with temporary.open("w") as f:
+        json.dump(files, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path / MANIFEST)
+
+
+def verify(path: Path, items: list[str] | None = None) -> None:
+    """Compares a checkpoint's files, or those of some items only, with its manifest.
+
+    Raises CheckpointError naming the first file that is missing or differs.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        raise CheckpointError(
+            f"{path}: not a finished checkpoint ({MANIFEST} is missing or unreadable)"
+        ) from None
+    for name, expected in files.items():
+        if items is not None and "/" in name and name.split("/")[0] not in items:
+            continue
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; {MANIFEST} lists it")
+        if file.stat().st_size != expected["size"]:
+            raise CheckpointError(f"{file}: {file.stat().st_size} bytes; {MANIFEST} says {expected['size']}")
+        if _digest(file) != expected["sha256"]:
+            raise CheckpointError(f"{file}: damaged; its sha256 is not the one in {MANIFEST}")
+
+
+def restore(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Items of a verified checkpoint, placed as the abstract leaves' shardings say.
+
+    Keys, shapes and dtypes are compared with the checkpoint's own first: Orbax itself returns abstract
+    leaves for a misspelt key. Raises CheckpointError naming the first difference.
+    """
+    stored = ocp.checkpointables_metadata(path).metadata
+    for item, tree in abstract.items():
+        if item not in stored:
+            raise CheckpointError(f"{path}: no {item.replace('.', '/')}; it holds {_listing(stored)}")
+        want, have = _named_leaves(tree), _named_leaves(stored[item])
+        for name in sorted(want.keys() | have.keys()):
+            if name not in have:
+                raise CheckpointError(f"{path}: no {item} {name}: a checkpoint of another architecture")
+            if name not in want:
+                raise CheckpointError(f"{path}: {item} {name} is not in this model: a checkpoint of another architecture")
+            if want[name] != have[name]:
+                raise CheckpointError(
+                    f"{path}: {item} {name} is {_describe(have[name])}; this model expects {_describe(want[name])}"
+                )
+    return dict(ocp.load_checkpointables(path, dict(abstract)))
+
+
+def latest(path: Path) -> Path:
+    """A checkpoint directory itself, or the newest finished one of a run's workdir.
+
+    Raises CheckpointError where there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    steps = Checkpointer(path / "checkpoints", 0).steps()
+    if not steps:
+        raise CheckpointError(f"{path}: no finished checkpoint there (expected {path}/checkpoints/<step>/{MANIFEST})")
+    return Checkpointer(path / "checkpoints", 0).path(steps[-1])
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """The config, the model's metadata and the step of a checkpoint (not verified: see `verify`)."""
+    return dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+
+
+def load(path: str | Path, subtree: str = "params", sharding: Any = None) -> PyTree:
+    """Reads a subtree of the newest finished checkpoint at `path`, and nothing else of it.
+
+    Args:
+      path: a checkpoint, or the workdir of a run.
+      subtree: "params", "state", or "params/vision" and deeper.
+      sharding: one jax Sharding for all leaves, or a tree of them; by default the first device.
+
+    Returns:
+      The subtree, e.g. for "params/vision" what stands under `vision`.
+
+    Raises:
+      CheckpointError: nothing there, damaged, or no such subtree.
+    """
+    path = latest(Path(path))
+    stored = ocp.checkpointables_metadata(path).metadata
+    if subtree == "params":
+        towers = [name.removeprefix("params.") for name in stored if name.startswith("params.")]
+        parts = sharding if isinstance(sharding, Mapping) else dict.fromkeys(towers, sharding)
+        return {tower: load(path, f"params/{tower}", parts[tower]) for tower in towers}
+
+    head, *keys = subtree.split("/")
+    item = f"params.{keys[0]}" if head == "params" else head
+    tree: Any = stored.get(item, {})
+    for depth, key in enumerate(keys):
+        if key not in tree:
+            where = "/".join([head, *keys[:depth]])
+            raise CheckpointError(f"{path}: no {subtree}; under {where} there are {_listing(tree or stored)}")
+        tree = tree[key]
+    if item not in stored:
+        raise CheckpointError(f"{path}: no {subtree}; it holds {_listing(stored)}")
+    verify(path, [item])
+
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
+    for key in reversed(keys):
+        abstract = {key: abstract}
+    with ocp.Context() as context:
+        context.pytree.loading.partial_load = True
+        loaded: Any = ocp.load_checkpointables(path, {item: abstract})[item]
+    for key in keys:
+        loaded = loaded[key]
+    return loaded
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _named_leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Path → (shape, dtype); attributes, keys and positions are named alike, as Orbax stores them."""
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): (
+            tuple(leaf.shape),
+            np.dtype(leaf.dtype),
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _describe(leaf: tuple[tuple[int, ...], np.dtype]) -> str:
+    return f"{leaf[1]}{list(leaf[0])}"
+
+
+def _listing(names: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(str(name).replace(".", "/") for name in names))
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

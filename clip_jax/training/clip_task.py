@@ -1,0 +1,128 @@
+"""CLIP as a task: two towers, the contrastive loss, zero-shot classification and retrieval."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from clip_jax import sharding
+from clip_jax.data import transforms
+from clip_jax.data.order import Order, group_by
+from clip_jax.data.pipeline import Element, PairElements
+from clip_jax.data.sources import find_asset, open_source, texts_of
+from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.errors import ConfigError
+from clip_jax.evaluation.pairs import Encoder, evaluate_source
+from clip_jax.losses import contrastive_loss
+from clip_jax.models.variants import build_two_tower
+from clip_jax.training.state import merge
+
+PyTree = Any
+
+
+class ClipTask:
+    """Contrastive learning on image–text pairs.
+
+    Raises ConfigError where the tokenizer does not fit the text tower, DataError where data are missing.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.model = build_two_tower(config.model)
+        self.tokenizer = Tokenizer.from_file(find_asset(config.data.tokenizer))
+        text = config.model.text
+        if (self.tokenizer.vocab_size, self.tokenizer.end_id) != (text.vocab_size, text.end_id):
+            raise ConfigError(
+                f"{config.data.tokenizer} has {self.tokenizer.vocab_size} ids and end id {self.tokenizer.end_id}; "
+                f"model.text expects {text.vocab_size} and {text.end_id}"
+            )
+        source = open_source(config.data.train, cache=config.data.cache)
+        self.element_of = PairElements(
+            source=source,
+            order=Order(len(source), config.seed, group_by(texts_of(source)) if config.data.group_by_text else None),
+            tokenizer=self.tokenizer,
+            image_size=config.model.vision.image_size,
+            context_length=text.context_length,
+            augment=transforms.Augmentation(**config.data.augment),
+            keyword_rate=config.data.keyword_rate,
+        )
+
+    def element(self, position: int) -> Element:
+        return self.element_of(position)
+
+    def init(self, rng: jax.Array) -> tuple[PyTree, PyTree]:
+        size = self.config.model.vision.image_size
+        batch = {
+            "image": jnp.zeros((1, size, size, 3), jnp.float32),
+            "text": jnp.zeros((1, self.config.model.text.context_length), jnp.int32),
+        }
+        variables = dict(self.model.init(rng, batch))
+        params = variables.pop("params")
+        return params, variables
+
+    def sources(self) -> Mapping[str, str]:
+        return {name: path for name, path in self.config.init.items() if path}
+
+    def loss(
+        self, trainable: PyTree, frozen: PyTree, state: PyTree, batch: Mapping[str, jax.Array], rng: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
+        inputs = {"image": self._normalize(batch["image"]), "text": batch["text"]}
+        (image, text, extras), new_state = self.model.apply(
+            {"params": merge(trainable, frozen), **state}, inputs, train=True, mutable=list(state)
+        )
+        loss = contrastive_loss(
+            image, text, extras["logit_scale"], mesh=self.mesh, axis_names=sharding.BATCH_AXES
+        )
+        return loss, ({"logit_scale": extras["logit_scale"]}, new_state)
+
+    def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh) -> dict[str, float]:
+        """The headline figures of each split named in `config.data.evaluate`."""
+        encoder = self.encoder(params, state, mesh)
+        results = {}
+        for name, spec in self.config.data.evaluate.items():
+            found = evaluate_source(encoder, open_source(spec), tuple(self.config.data.templates)).figures
+            results |= {f"{name}.{key}": found[key] for key in ("top1", "top5", "recall_at_5")}
+        return results
+
+    def encoder(self, params: PyTree, state: PyTree, mesh: Mesh) -> Encoder:
+        """Embeds images and texts in batches over the mesh."""
+
+        def encode(params: PyTree, state: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
+            inputs = {k: self._normalize(v) if k == "image" else v for k, v in batch.items()}
+            image, text, _ = self.model.apply({"params": params, **state}, inputs)
+            embedding = text if image is None else image
+            return embedding
+
+        return Encoder(
+            function=jax.jit(encode, out_shardings=sharding.replicated(mesh)),
+            params=params,
+            state=state,
+            mesh=mesh,
+            image_size=self.config.model.vision.image_size,
+            tokenize=lambda texts: self.tokenizer(texts, self.config.model.text.context_length),
+            batch_size=max(self.config.evaluation_batch_size, sharding.batch_shards(mesh)),
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        model = self.config.model
+        return {
+            "family": "clip",
+            "towers": {"vision": model.vision.to_dict(), "text": model.text.to_dict()},
+            "embed_dim": model.embed_dim,
+            "activation": model.activation,
+            "tokenizer": {"file": Path(self.config.data.tokenizer).name, "sha256": self.tokenizer.digest()},
+            "preprocess": {
+                "image_size": model.vision.image_size,
+                "resize": "shorter side, bicubic, centre crop",
+                "mean": list(self.config.data.mean),
+                "std": list(self.config.data.std),
+            },
+        }
+
+    def _normalize(self, image: jax.Array) -> jax.Array:
+        return transforms.normalize(image, self.config.data.mean, self.config.data.std)

@@ -1,0 +1,55 @@
+"""AdamW as CLIP uses it: linear warm-up, cosine decay, decay masks, clipping, a bounded temperature."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+PyTree = Any
+
+# Weight decay skips gains, biases and the temperature. Told by name: with heads split and layers stacked,
+# a bias is not a vector any more.
+NO_DECAY = r"(^|/)(bias|scale|class_embedding|logit_scale|logit_bias)$"
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """"vision/transformer/…" from a tree path; attributes (a box's `.value`) are no part of the name."""
+    return "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """True where weight decay applies."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not re.search(NO_DECAY, path_string(path)), params)
+
+
+def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+    """Linear from 0 to `lr` in `warmup_steps`, then a cosine to 0 at the last step."""
+    return optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup_steps, max(steps, config.warmup_steps + 1))
+
+
+def clamp_logit_scale(maximum: float) -> optax.GradientTransformation:
+    """Changes the update of `logit_scale` (the logarithm) so that it ends in [0, ln maximum], as OpenAI's does."""
+    top = math.log(maximum)
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None) -> tuple[PyTree, optax.EmptyState]:
+        def clamp(path: tuple[Any, ...], u: jax.Array, p: jax.Array) -> jax.Array:
+            return jnp.clip(p + u, 0.0, top) - p if path_string(path).endswith("logit_scale") else u
+
+        return jax.tree_util.tree_map_with_path(clamp, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+    """The chain: clip by the global norm, Adam, decoupled decay, learning rate, bounded temperature."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+        clamp_logit_scale(config.max_logit_scale),
+    )

@@ -1,0 +1,124 @@
+"""The training state: what it is, how it is born sharded, and the step that turns it into the next."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from clip_jax import sharding
+from clip_jax.training.task import Task
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Parameters are split: gradients and optimiser state exist for the trainable ones only."""
+
+    step: jax.Array
+    trainable: PyTree
+    frozen: PyTree
+    model_state: PyTree
+    opt_state: optax.OptState
+
+    @property
+    def params(self) -> PyTree:
+        return merge(self.trainable, self.frozen)
+
+
+def partition(params: PyTree, is_frozen: Callable[[str], bool]) -> tuple[PyTree, PyTree]:
+    """(trainable, frozen), told apart by each leaf's path "vision/…"."""
+    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        parts[is_frozen(path)][path] = leaf
+    trainable, frozen = (traverse_util.unflatten_dict(part, sep="/") for part in parts)
+    return trainable, frozen
+
+
+def leaf_paths(tree: PyTree) -> set[str]:
+    """The paths "vision/…" of a nested dict's leaves."""
+    return set(traverse_util.flatten_dict(tree, sep="/"))
+
+
+def matches_any(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether one of the regular expressions matches the start of a path."""
+    return lambda path: any(re.match(pattern, path) for pattern in patterns)
+
+
+def merge(trainable: PyTree, frozen: PyTree) -> PyTree:
+    """The inverse of `partition`."""
+    flat = traverse_util.flatten_dict(trainable, sep="/") | traverse_util.flatten_dict(frozen, sep="/")
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def create_fn(
+    task: Task, optimizer: optax.GradientTransformation, frozen: Sequence[str]
+) -> Callable[[jax.Array], TrainState]:
+    """A pure function rng → boxed TrainState, to be traced abstractly or jitted.
+
+    `frozen`: regular expressions for the start of the paths that are not trained.
+    """
+
+    def create(rng: jax.Array) -> TrainState:
+        params, model_state = task.init(rng)
+        trainable, kept = partition(params, matches_any(frozen))
+        return TrainState(jnp.zeros((), jnp.int32), trainable, kept, model_state, optimizer.init(trainable))
+
+    return create
+
+
+def abstract_state(
+    create: Callable[[jax.Array], TrainState], mesh: Mesh, rules: sharding.Rules
+) -> tuple[TrainState, TrainState]:
+    """(shapes with shardings, shardings) of the state, without allocating anything."""
+    boxed = jax.eval_shape(create, jax.random.key(0))
+    shardings = sharding.tree_shardings(boxed, mesh, rules)
+    shapes = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), sharding.unbox(boxed), shardings
+    )
+    return shapes, shardings
+
+
+def train_step_fn(
+    task: Task, optimizer: optax.GradientTransformation, seed: int
+) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """The step, a pure function of state and batch: randomness is a function of (seed, step)."""
+
+    def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def loss_fn(trainable: PyTree) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+            return task.loss(trainable, state.frozen, state.model_state, batch, rng)
+
+        (loss, (metrics, model_state)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **metrics}
+        return state.replace(
+            step=state.step + 1,
+            trainable=optax.apply_updates(state.trainable, updates),
+            model_state=model_state,
+            opt_state=opt_state,
+        ), metrics
+
+    return train_step
+
+
+def jit_train_step(
+    step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]],
+    shardings: TrainState,
+    mesh: Mesh,
+) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """The step jitted and donated, its outputs pinned: left to XLA, a restored run would not be bit-identical."""
+    return jax.jit(
+        step,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )

@@ -1,0 +1,42 @@
+"""What the trainer asks of a task. CLIP is one, Flamingo another: the trainer knows neither's model."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from clip_jax.data.pipeline import Element
+
+PyTree = Any
+
+
+class Task(Protocol):
+    def init(self, rng: jax.Array) -> tuple[PyTree, PyTree]:
+        """(params, state), boxed with their logical axes. Traced abstractly first, so it must be pure.
+
+        `state` is what the forward pass updates by itself: BatchNorm statistics, or {}.
+        """
+        ...
+
+    def sources(self) -> Mapping[str, str]:
+        """Where subtrees come from that are not initialised: top-level key of params → checkpoint directory."""
+        ...
+
+    def loss(
+        self, trainable: PyTree, frozen: PyTree, state: PyTree, batch: Mapping[str, jax.Array], rng: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
+        """(loss, (metrics, new state)), all means over the global batch. Runs inside the jitted step."""
+        ...
+
+    def element(self, position: int) -> Element:
+        """The training example at a position: a pure function. May hold `rejected`, a count of bad records."""
+        ...
+
+    def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh) -> dict[str, float]:
+        """Metrics on held-out data, the same on every process."""
+        ...
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint must say for its parameters to be used: activation, tokenizer, preprocessing."""
+        ...

@@ -1,0 +1,78 @@
+"""The fields that every CLIP config has, with CLIP's own values (arXiv 2103.00020, appendix F)."""
+
+import ml_collections
+
+from clip_jax.models.variants import get_variant
+
+
+def clip_config(variant: str) -> ml_collections.ConfigDict:
+    """A full config for a named model; a config file changes what it wants other."""
+    config = ml_collections.ConfigDict()
+    config.task = "clip"
+    config.seed = 0
+    config.batch_size = 32768
+    config.steps = 390625  # 12.8e9 pairs
+    config.log_every = 50
+    config.evaluate_every = 5000  # 0: at the end only
+    config.checkpoint_every = 1000
+    config.keep_checkpoints = 2
+    config.evaluation_batch_size = 256
+
+    config.model = get_variant(variant)
+    config.frozen = ()  # patterns of paths that are not trained: ("vision/.*",)
+    config.init = ml_collections.ConfigDict({"vision": "", "text": ""})  # a workdir or checkpoint to start from
+    config.mesh = ml_collections.ConfigDict({"replica": 1, "fsdp": -1, "tensor": 1})  # -1: all devices left
+    config.sharding_rules = ()  # ((logical axis, mesh axis), …) instead of clip_jax.sharding.DEFAULT_RULES
+
+    config.data = data = ml_collections.ConfigDict()
+    data.train = ""  # KIND:WHERE, see clip_jax.data.sources
+    data.evaluate = ml_collections.ConfigDict()  # name → KIND:WHERE
+    data.templates = ("{}",)
+    data.tokenizer = ""
+    data.keyword_rate = 0.0
+    data.group_by_text = False
+    data.cache = False
+    data.threads = 8
+    data.prefetch = 2
+    data.max_rejected_share = 0.01
+    data.mean = (0.48145466, 0.4578275, 0.40821073)
+    data.std = (0.26862954, 0.26130258, 0.27577711)
+    data.augment = ml_collections.ConfigDict(
+        {"scale": (0.9, 1.0), "ratio": (0.75, 4 / 3), "rotate": 0.0, "jitter": 0.0, "grayscale": 0.0}
+    )
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.lr = 5e-4
+    optimizer.warmup_steps = 2000
+    vit = config.model.vision.kind == "vit"
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.98 if vit else 0.999
+    optimizer.eps = 1e-6 if vit else 1e-8
+    optimizer.weight_decay = 0.2
+    optimizer.clip_norm = 1.0  # 0: none
+    optimizer.max_logit_scale = 100.0
+    return config
+
+
+def emoji_data(config: ml_collections.ConfigDict) -> None:
+    """The embedded emoji: seen styles and concepts to train on, Fluent and 200 concepts held out."""
+    data = config.data
+    data.train = "emoji:train"
+    data.evaluate.held_out_style = "emoji:held_out_style"
+    data.evaluate.unseen_concepts = "emoji:unseen_concepts"
+    data.evaluate.unseen_concepts_held_out_style = "emoji:unseen_concepts_held_out_style"
+    data.tokenizer = "emoji/tokenizer.json"
+    data.keyword_rate = 0.5
+    data.group_by_text = True  # one picture of a name in a batch: another style of it is no negative
+    data.cache = True
+    data.threads = 2
+    data.mean = data.std = (0.5, 0.5, 0.5)
+
+
+def debug(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
+    """The same config with a model and a run that take seconds on a CPU."""
+    config.model = get_variant(variant)
+    config.batch_size, config.steps = 16, 4
+    config.log_every, config.evaluate_every, config.checkpoint_every = 1, 0, 2
+    config.optimizer.warmup_steps = 1
+    return config

@@ -1,0 +1,27 @@
+"""A small ResNet CLIP on the embedded emoji.
+
+    python -m launch.train --config configs/clip/quickstart.py --workdir runs/quickstart/clip
+
+Cost: about 4 minutes on 2 CPU cores. `configs/clip/quickstart.py:debug` takes seconds.
+"""
+
+import ml_collections
+
+from configs.clip.common import clip_config, debug, emoji_data
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = clip_config("emoji-RN")
+    emoji_data(config)
+    config.batch_size = 256
+    config.steps = 800
+    config.log_every = 10
+    config.evaluate_every = 200
+    config.checkpoint_every = 100
+    config.optimizer.lr = 2e-3
+    config.optimizer.warmup_steps = 50
+    config.data.augment.scale = (0.6, 1.0)
+    config.data.augment.rotate = 10.0
+    config.data.augment.jitter = 0.3
+    config.data.augment.grayscale = 0.1
+    return debug(config, "debug-RN") if arg == "debug" else config

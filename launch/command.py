@@ -1,0 +1,97 @@
+"""What every command shares: flags, logging, one clear line for an error a user can mend."""
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from clip_jax.errors import ConfigError, UserError
+from clip_jax.training.loop import flatten
+
+
+def run(main: Callable[..., Any], *, with_config: bool = False) -> None:
+    """Parses the flags and calls `main`, with the config where it takes one; exits with its outcome."""
+    if with_config:
+        check_overrides(sys.argv)
+        config = config_flags.DEFINE_config_file("config", lock_config=True, help_string="A configs/*.py file.")
+
+    def call(_: list[str]) -> None:
+        set_up()
+        try:
+            if not with_config:
+                main()
+            elif config.value is None:
+                raise ConfigError("--config is missing: name a file such as configs/clip/quickstart.py")
+            else:
+                main(config.value)
+        except UserError as error:
+            if os.environ.get("TRACEBACK"):
+                raise
+            sys.exit(f"error: {error}")
+
+    app.run(call, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[0]}")
+    if len(rest) > 1:
+        sys.exit(f"error: {rest[1]!r} is no flag; every argument is --flag VALUE")
+    return rest
+
+
+def check_overrides(argv: list[str]) -> None:
+    """Exits on a `--config.key` that the config does not have, naming the nearest one that it has."""
+    path = None
+    for i, word in enumerate(argv):
+        if word.startswith("--config="):
+            path = word.removeprefix("--config=")
+        elif word == "--config" and i + 1 < len(argv):
+            path = argv[i + 1]
+    overrides = [word.removeprefix("--config.").split("=")[0] for word in argv if word.startswith("--config.")]
+    if path is None or not overrides:
+        return
+    file = path.split(":")[0]
+    if not os.path.exists(file):
+        sys.exit(f"error: --config {file}: no such file")
+    known = load_config(path)
+    keys = list(flatten(known.to_dict())) + [key for key, value in known.items() if isinstance(value, ConfigDict)]
+    for key in overrides:
+        base = key.split("[")[0]
+        if base not in keys and not any(k.startswith(base + ".") for k in keys):
+            near = difflib.get_close_matches(base, keys, n=1, cutoff=0.0)
+            sys.exit(f"error: --config.{key}: {file} has no such key; did you mean --config.{near[0]}?")
+
+
+def load_config(path: str) -> ConfigDict:
+    """The config of FILE or FILE:ARG."""
+    import importlib.util
+
+    file, _, arg = path.partition(":")
+    spec = importlib.util.spec_from_file_location("config", file)
+    if spec is None or spec.loader is None or not os.path.exists(file):
+        raise ConfigError(f"--config {file}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg) if arg else module.get_config()
+
+
+def set_up() -> None:
+    """Logging to the terminal, a cache of compiled programs, and JAX's own runtime where there are many hosts."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for noisy in ("absl", "jax", "orbax", "etils", "grain"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        jax.distributed.initialize(
+            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
+        )

@@ -1,0 +1,43 @@
+"""Trains what a config describes.
+
+    python -m launch.train --config configs/clip/quickstart.py --workdir runs/quickstart/clip
+    python -m launch.train --config FILE --workdir DIR --config.optimizer.lr=1e-3
+
+Run again with the same workdir, it goes on where it stopped.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+from jax.sharding import Mesh
+
+from clip_jax.errors import ConfigError
+from clip_jax.sharding import make_mesh
+from clip_jax.training.loop import train
+from clip_jax.training.task import Task
+from launch import command
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
+
+
+def build_task(config: ml_collections.ConfigDict, mesh: Mesh) -> Task:
+    """The task that `config.task` names."""
+    if config.task == "clip":
+        from clip_jax.training.clip_task import ClipTask
+
+        return ClipTask(config, mesh)
+    raise ConfigError(f"task {config.task!r}: expected clip")
+
+
+def main(config: ml_collections.ConfigDict) -> Any:
+    if not WORKDIR.value:
+        raise ConfigError("--workdir is missing: name a directory for the run")
+    mesh = make_mesh(config.mesh.to_dict(), jax.devices())
+    return train(config, build_task(config, mesh), Path(WORKDIR.value), mesh)
+
+
+if __name__ == "__main__":
+    command.run(main, with_config=True)
