@@ -41,6 +41,11 @@ DEFAULT_RULES: Rules = (
 )
 
 
+def rules_of(table: Sequence[Any]) -> Rules:
+    """A config's table of (logical axis, mesh axis or axes); an empty one means the default rules."""
+    return tuple((name, tuple(axes) if isinstance(axes, list) else axes) for name, axes in table) or DEFAULT_RULES
+
+
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of axes `MESH_AXES` over all (or the given) devices; one size may be -1: what is left.
 
@@ -135,6 +140,15 @@ def tree_shardings(abstract: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> A
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(fit, shapes, specs)
+
+
+def abstract(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """Boxed shapes → unboxed shapes that carry their shardings."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        unbox(boxed),
+        tree_shardings(boxed, mesh, rules),
+    )
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:

@@ -242,35 +242,37 @@ def write_tfds(splits: Mapping[str, list[dict[str, Any]]], directory: Path, size
     """Writes records in their order as ArrayRecord files with TFDS's metadata, without TensorFlow."""
     import tensorflow_datasets as tfds
 
-    class Emoji(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
-        VERSION = tfds.core.Version(VERSION)
-        name = "emoji"
+    with tfds.core.registered.skip_registration():  # so that it can be called again
 
-        def _info(self) -> Any:
-            text = tfds.features.Text()
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="Emoji in many styles with their names and keywords. See NOTICE beside it.",
-                features=tfds.features.FeaturesDict(
-                    {
-                        "key": text,
-                        "image": tfds.features.Image(shape=(size, size, 3)),
-                        "label": text,
-                        "keywords": tfds.features.Sequence(text),
-                        "emoji": text,
-                        "group": text,
-                        "style": text,
-                    }
-                ),
-                disable_shuffling=True,
-            )
+        class Emoji(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+            VERSION = tfds.core.Version(VERSION)
+            name = "emoji"
 
-        def _split_generators(self, _: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-            return {name: self._generate_examples(records) for name, records in splits.items()}
+            def _info(self) -> Any:
+                text = tfds.features.Text()
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description="Emoji in many styles with their names and keywords. See NOTICE beside it.",
+                    features=tfds.features.FeaturesDict(
+                        {
+                            "key": text,
+                            "image": tfds.features.Image(shape=(size, size, 3)),
+                            "label": text,
+                            "keywords": tfds.features.Sequence(text),
+                            "emoji": text,
+                            "group": text,
+                            "style": text,
+                        }
+                    ),
+                    disable_shuffling=True,
+                )
 
-        def _generate_examples(self, records: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-            for i, record in enumerate(records):
-                yield i, record | {"image": io.BytesIO(record["image"])}
+            def _split_generators(self, _: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+                return {name: self._generate_examples(records) for name, records in splits.items()}
+
+            def _generate_examples(self, records: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+                for i, record in enumerate(records):
+                    yield i, record | {"image": io.BytesIO(record["image"])}
 
     shutil.rmtree(directory, ignore_errors=True)
     scratch = directory.parent / ".building"

@@ -105,8 +105,8 @@ def evaluation_batches(
         good = np.zeros(len(rows), bool)
         for j, row in enumerate(rows):
             if start + row < len(source):
-                pair = source[start + int(row)]
                 try:
+                    pair = source[start + int(row)]
                     images[j] = transforms.evaluation_image(transforms.decode(pair.image, pair.key), image_size)
                     good[j] = True
                 except RecordError as error:

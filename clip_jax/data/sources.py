@@ -4,13 +4,12 @@ A source is named by `KIND:WHERE`; `open_source` opens it. To add a kind, write 
 `__getitem__` and enter it in `SOURCES`.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex
 
-from clip_jax.errors import DataError
+from clip_jax.errors import DataError, RecordError
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -60,19 +59,20 @@ class TfdsSource:
         try:
             builder = tfds.builder_from_directory(str(self.directory))
             features, splits = builder.info.features, builder.info.splits
-        except (ValueError, KeyError, json.JSONDecodeError) as error:
+        except Exception as error:  # TFDS and protobuf raise many kinds, bare Exceptions among them
             raise DataError(f"{self.directory}: not a readable TFDS data set: {_first_line(error)}") from None
         if split not in splits:
-            raise DataError(f"{self.directory}: no split {split!r}; expected one of {', '.join(sorted(splits))}")
+            raise DataError(
+                f"{self.directory}: no split {split!r}; expected one of {', '.join(sorted(splits))}"
+            )
         self._text = next((name for name in ("text", "caption", "label") if name in features), None)
         if "image" not in features or self._text is None:
             raise DataError(
                 f"{self.directory}: features {', '.join(sorted(features))}; expected image and one of "
                 f"text, caption, label"
             )
-        for path in map(Path, splits[split].filepaths):
-            if not path.is_file():
-                raise DataError(f"{path}: not found; dataset_info.json lists it for split {split!r}")
+        for path, length in zip(splits[split].filepaths, splits[split].shard_lengths, strict=True):
+            _check_shard(Path(path), length)
         try:
             # Images stay encoded: a decoder that meets a bad one should not end the run.
             self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
@@ -82,17 +82,15 @@ class TfdsSource:
             raise DataError(
                 f"{self.directory}: split {split!r} can't be read, a file is damaged or cut off: {_first_line(error)}"
             ) from None
-        if len(self._records) != splits[split].num_examples:
-            raise DataError(
-                f"{self.directory}: split {split!r} holds {len(self._records)} records; "
-                f"dataset_info.json says {splits[split].num_examples}"
-            )
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: SupportsIndex) -> Pair:
-        example = self._records[index]
+        try:
+            example = self._records[index]
+        except RuntimeError as error:  # a chunk whose checksum is wrong
+            raise RecordError(f"{self.directory}: {self.split}/{index}: {_first_line(error)}") from None
         return Pair(
             key=_string(example.get("key", f"{self.split}/{index}")),
             image=example["image"],
@@ -151,6 +149,22 @@ def open_source(spec: str, cache: bool = False) -> PairSource:
 def texts_of(source: PairSource) -> Sequence[str]:
     """The text of every record, in order."""
     return [source[i].text for i in range(len(source))]
+
+
+def _check_shard(path: Path, length: int) -> None:
+    """Raises DataError where a shard is missing, cut off, or holds another number of records."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    if not path.is_file():
+        raise DataError(f"{path}: not found; dataset_info.json lists it")
+    try:
+        reader = ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+    except Exception as error:
+        raise DataError(f"{path}: damaged or cut off: {_first_line(error)}") from None
+    if found != length:
+        raise DataError(f"{path}: holds {found} records; dataset_info.json says {length}")
 
 
 def _string(value: Any) -> str:

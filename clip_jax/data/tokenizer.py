@@ -22,6 +22,7 @@ class Tokenizer:
 
     def __init__(self, backend: Backend):
         self._backend = backend
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
         self.vocab_size = backend.get_vocab_size()
         self.pad_id, self.start_id, self.end_id = (self._special(token) for token in (PAD, START, END))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, UnidentifiedImageError
 
 from clip_jax.errors import RecordError
 
@@ -38,8 +38,13 @@ def decode(data: bytes, key: str) -> Image.Image:
             if math.prod(image.size) > MAX_PIXELS:
                 raise RecordError(f"{key}: an image of {image.size[0]}×{image.size[1]} pixels is too large")
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RecordError(f"{key}: the image does not decode ({str(error).splitlines()[0][:120]})") from None
+    except RecordError:
+        raise
+    except UnidentifiedImageError:  # its message holds an address, another one each time
+        raise RecordError(f"{key}: the image does not decode (of no known format)") from None
+    except Exception as error:  # decoders raise many kinds; AVIF's a RuntimeError
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise RecordError(f"{key}: the image does not decode ({reason})") from None
 
 
 def evaluation_image(image: Image.Image, size: int) -> np.ndarray:
@@ -54,7 +59,9 @@ def evaluation_image(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image, dtype=np.uint8)
 
 
-def training_image(image: Image.Image, size: int, augment: Augmentation, rng: np.random.Generator) -> np.ndarray:
+def training_image(
+    image: Image.Image, size: int, augment: Augmentation, rng: np.random.Generator
+) -> np.ndarray:
     """A random resized crop, never flipped (texts say "left"), and what `augment` adds. uint8 [size, size, 3]."""
     if augment.rotate:
         angle = rng.uniform(-augment.rotate, augment.rotate)

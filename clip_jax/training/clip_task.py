@@ -65,6 +65,13 @@ class ClipTask:
         params = variables.pop("params")
         return params, variables
 
+    def abstract_variables(self) -> tuple[PyTree, PyTree]:
+        """(params, state) as shapes with their shardings on the task's mesh; nothing is allocated."""
+        boxed = jax.eval_shape(self.init, jax.random.key(0))
+        rules = sharding.rules_of(self.config.sharding_rules)
+        params, state = sharding.abstract(boxed, self.mesh, rules)
+        return params, state
+
     def sources(self) -> Mapping[str, str]:
         return {name: path for name, path in self.config.init.items() if path}
 

@@ -44,7 +44,7 @@ def train(config: ml_collections.ConfigDict, task: Task, workdir: Path, mesh: Me
     """
     sharding.check_batch(config.batch_size, mesh)
     claim_workdir(workdir, config)
-    rules = tuple((name, axes) for name, axes in config.get("sharding_rules", ())) or sharding.DEFAULT_RULES
+    rules = sharding.rules_of(config.sharding_rules)
     optimizer = make_optimizer(config.optimizer, config.steps)
     with sharding.use_mesh(mesh, rules):
         create = train_state.create_fn(task, optimizer, config.frozen)

@@ -79,11 +79,8 @@ def abstract_state(
 ) -> tuple[TrainState, TrainState]:
     """(shapes with shardings, shardings) of the state, without allocating anything."""
     boxed = jax.eval_shape(create, jax.random.key(0))
-    shardings = sharding.tree_shardings(boxed, mesh, rules)
-    shapes = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), sharding.unbox(boxed), shardings
-    )
-    return shapes, shardings
+    shapes = sharding.abstract(boxed, mesh, rules)
+    return shapes, jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
 def train_step_fn(

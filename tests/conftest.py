@@ -1,0 +1,30 @@
+"""Tests run on 8 virtual CPU devices, with compiled programs kept between runs."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".cache" / "jax"
+DEVICES = 8
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# 8 devices on 2 cores can starve a collective of the time it is given by default.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count={DEVICES} --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+import jax  # noqa: E402  (after the environment that it reads)
+import pytest  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
+
+from clip_jax.sharding import make_mesh  # noqa: E402
+
+ORACLES = Path(__file__).parent / "oracles"
+
+
+@pytest.fixture(params=[1, 2, 4, 8], ids=lambda n: f"{n}dev")
+def data_mesh(request: pytest.FixtureRequest) -> Mesh:
+    """A data-parallel mesh of 1, 2, 4 and 8 devices."""
+    return make_mesh({"fsdp": request.param}, jax.devices()[: request.param])

@@ -1,0 +1,176 @@
+"""The towers against open_clip's, their published sizes, and float64 gradients of the whole model."""
+
+import json
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import open_clip_weights
+import pytest
+from conftest import ORACLES
+from jax.sharding import Mesh
+
+from clip_jax import sharding
+from clip_jax.errors import ConfigError
+from clip_jax.losses import contrastive_loss
+from clip_jax.models.two_tower import TwoTower
+from clip_jax.models.variants import build_two_tower, get_variant
+
+PUBLISHED = {  # millions
+    "RN50": 102.01, "RN101": 119.69, "RN50x4": 178.30, "RN50x16": 290.98, "RN50x64": 623.26,
+    "ViT-B/32": 151.28, "ViT-B/16": 149.62, "ViT-L/14": 427.62, "ViT-L/14@336": 427.94,
+}  # fmt: skip
+
+
+def abstract(model: TwoTower, size: int, length: int) -> Any:
+    batch = {
+        "image": jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32),
+        "text": jax.ShapeDtypeStruct((2, length), jnp.int32),
+    }
+    return sharding.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name: str) -> None:
+    config = get_variant(name)
+    params = abstract(build_two_tower(config), config.vision.image_size, 77)["params"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert round(count / 1e6, 2) == PUBLISHED[name]
+    if name == "ViT-B/32":
+        assert count == 151_277_313
+
+
+def peer_case(name: str) -> tuple[TwoTower, dict, Any, Any, float]:
+    directory = ORACLES / name
+    meta = json.loads((directory / "meta.json").read_text())
+    vision, text = dict(meta["config"]["vision_cfg"]), dict(meta["config"]["text_cfg"])
+    head_width = vision.pop("head_width")
+    final_width = vision["width"] * (32 if "patch_size" not in vision else 1)
+    vision_heads = final_width // head_width
+    config = get_variant("debug-ViT" if "patch_size" in vision else "debug-RN")
+    with config.unlocked():
+        config.vision.update(vision | {"heads": vision_heads})
+        config.text.update(text | {"end_id": None})
+        config.embed_dim = meta["config"]["embed_dim"]
+        config.activation = "quick_gelu" if meta["config"]["quick_gelu"] else "gelu"
+    state = dict(np.load(directory / "weights.npz"))
+    variables = open_clip_weights.variables(state, text["heads"], vision_heads)
+    inputs, expected = (np.load(directory / f"{part}.npz") for part in ("inputs", "expected"))
+    return build_two_tower(config), variables, inputs, expected, meta["tolerance"]["value"]
+
+
+@pytest.mark.parametrize("name", ["openai_clip_vit", "openai_clip_rn"])
+def test_outputs_are_open_clips(name: str) -> None:
+    model, variables, inputs, expected, tolerance = peer_case(name)
+    image = jnp.asarray(inputs["image"].transpose(0, 2, 3, 1))
+    shapes = abstract(model, image.shape[1], inputs["text"].shape[1])
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, shapes)
+    with jax.default_matmul_precision("highest"):
+        got_image, got_text, extras = jax.jit(model.apply)(variables, {"image": image, "text": inputs["text"]})
+
+    def check(got: Any, key: str) -> None:
+        assert np.abs(got - expected[key]).max() <= tolerance * np.abs(expected[key]).max(), key
+
+    check(got_image, "image_features_normalized")
+    check(got_text, "text_features_normalized")
+    check(extras["logit_scale"] * got_image @ got_text.T, "logits_per_image")
+    if "patch_tokens" in expected:
+        check(extras["image_tokens"][:, model.vision.num_prefix_tokens :], "patch_tokens")
+    else:  # a feature map, row by row
+        check(
+            extras["image_tokens"].reshape(4, 3, 3, -1).transpose(0, 3, 1, 2), "feature_map"
+        )
+
+
+def dense_loss(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
+    logits = scale * image @ text.T
+    rows, columns = jax.nn.log_softmax(logits, axis=1), jax.nn.log_softmax(logits, axis=0)
+    return -(jnp.diagonal(rows) + jnp.diagonal(columns)).mean() / 2
+
+
+def assert_gradients_close(got: Any, exact: Any, tolerance: float = 1e-5) -> None:
+    """Every leaf within `tolerance` of its own largest value."""
+    largest = max(np.abs(e).max() for e in jax.tree.leaves(exact))
+    for (path, g), e in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(exact), strict=True):
+        name, error = jax.tree_util.keystr(path), np.abs(np.float64(g) - np.float64(e)).max()
+        if name.endswith("['key']['bias']"):  # shifts all logits of a query alike: it has no gradient
+            assert np.abs(e).max() < 1e-6 * largest and error < 1e-6 * largest, name
+        else:
+            assert error <= tolerance * np.abs(e).max(), f"{name}: {error} of {np.abs(e).max()}"
+
+
+@pytest.mark.parametrize("name", ["debug-ViT", "debug-RN"])
+def test_gradients_of_both_towers_are_the_float64_ones(name: str, data_mesh: Mesh) -> None:
+    config = get_variant(name)
+    config.vision.image_size = 64  # so that the ResNet ends in more than one place
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.normal(size=(16, 64, 64, 3)),
+        "text": rng.integers(1, 4094, size=(16, config.text.context_length)),
+    }
+    batch["text"][:, -1] = 4095
+    model = build_two_tower(config)
+    variables = model.init(jax.random.key(0), {"image": np.float32(batch["image"]), "text": batch["text"]})
+    # Off the initial values, where scales of zero cut off whole branches.
+    variables = jax.tree.map(
+        lambda x: x + 0.1 * np.float32(rng.normal(size=x.shape)).clip(-3, 3), sharding.unbox(variables)
+    )
+    rest = {key: value for key, value in variables.items() if key != "params"}
+
+    def loss(params: Any, rest: Any, batch: Any, model: TwoTower, final: Any) -> jax.Array:
+        (image, text, extras), _ = model.apply({"params": params, **rest}, batch, train=True, mutable=list(rest))
+        return final(image, text, extras["logit_scale"])
+
+    # Every input is rounded to float32 first, so that both sides compute the same function.
+    with jax.enable_x64(True):
+        config.dtype = "float64"
+        wide = jax.tree.map(lambda x: jnp.asarray(np.float64(x)), (variables["params"], rest))
+        wide_batch = {"image": np.float64(np.float32(batch["image"])), "text": batch["text"]}
+        exact = jax.jit(jax.grad(partial(loss, model=build_two_tower(config), final=dense_loss)))(*wide, wide_batch)
+        exact = jax.tree.map(np.asarray, exact)
+
+    final = partial(contrastive_loss, mesh=data_mesh, axis_names=sharding.BATCH_AXES)
+    with sharding.use_mesh(data_mesh), jax.default_matmul_precision("highest"):
+        placed = jax.device_put({"image": np.float32(batch["image"]), "text": np.int32(batch["text"])},
+                                sharding.batch_sharding(data_mesh))  # fmt: skip
+        params = jax.device_put((variables["params"], rest), sharding.replicated(data_mesh))
+        got = jax.jit(jax.grad(partial(loss, model=model, final=final)))(*params, placed)
+    assert_gradients_close(got, exact)
+
+
+def test_text_after_the_end_token_changes_nothing() -> None:
+    config = get_variant("debug-ViT")
+    model = build_two_tower(config)
+    ids = np.full((2, config.text.context_length), 7, np.int32)
+    ids[:, 0], ids[:, 5] = 4094, 4095
+    ids[1, 6:] = 99
+    variables = sharding.unbox(model.init(jax.random.key(0), {"text": ids}))
+    _, text, _ = model.apply(variables, {"text": ids})
+    np.testing.assert_allclose(text[0], text[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_no_gradient(remat: str) -> None:
+    config = get_variant("debug-ViT")
+    batch = {"image": np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)}
+
+    def gradient(config: Any) -> Any:
+        model = build_two_tower(config)
+        variables = sharding.unbox(model.init(jax.random.key(0), batch))
+        return jax.grad(lambda v: (model.apply(v, batch)[0] * jnp.arange(config.embed_dim)).sum())(variables)
+
+    plain = gradient(config)
+    config.vision.remat = remat
+    assert_gradients_close(gradient(config), plain)
+
+
+def test_wrong_sizes_are_named() -> None:
+    model = build_two_tower(get_variant("debug-ViT"))
+    with pytest.raises(ConfigError, match="image of 40×32 pixels: expected 32×32"):
+        jax.eval_shape(model.init, jax.random.key(0), {"image": jnp.zeros((1, 40, 32, 3))})
+    with pytest.raises(ConfigError, match="text of 20 tokens: at most context_length 16"):
+        jax.eval_shape(model.init, jax.random.key(0), {"text": jnp.zeros((1, 20), jnp.int32)})
+    with pytest.raises(ConfigError, match="unknown model variant 'ViT-Z'"):
+        get_variant("ViT-Z")
