@@ -53,7 +53,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     Raises ConfigError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: 1 for axis in MESH_AXES} | {"fsdp": -1} if shape is None else dict(shape)
+    sizes = dict.fromkeys(MESH_AXES, 1) | {"fsdp": -1} if shape is None else dict(shape)
     if unknown := set(sizes) - set(MESH_AXES):
         raise ConfigError(f"mesh axis {sorted(unknown)[0]!r}: expected axes {', '.join(MESH_AXES)}")
     sizes = {axis: int(sizes.get(axis, 1)) for axis in MESH_AXES}
@@ -157,8 +157,8 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     Two processes hold the same rows where the tensor axis spans both.
     """
     rows: set[int] = set()
-    for (index, *_) in sharding.addressable_devices_indices_map((batch_size,)).values():
-        rows.update(range(*index.indices(batch_size)))
+    for index in sharding.addressable_devices_indices_map((batch_size,)).values():
+        rows.update(np.arange(batch_size)[index].tolist())
     return np.array(sorted(rows))
 
 
@@ -167,9 +167,9 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_si
     position = {row: i for i, row in enumerate(local_rows(sharding, batch_size))}
 
     def place(rows: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
-            return rows[position[start] : position[stop - 1] + 1]
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            wanted = np.arange(batch_size)[index[0] if index else slice(None)]
+            return rows[position[wanted[0]] : position[wanted[-1]] + 1]
 
         return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, shard)
 

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ def check_overrides(argv: list[str]) -> None:
     if path is None or not overrides:
         return
     file = path.split(":")[0]
-    if not os.path.exists(file):
+    if not Path(file).exists():
         sys.exit(f"error: --config {file}: no such file")
     known = load_config(path)
     keys = list(flatten(known.to_dict())) + [key for key, value in known.items() if isinstance(value, ConfigDict)]
@@ -77,7 +78,7 @@ def load_config(path: str) -> ConfigDict:
 
     file, _, arg = path.partition(":")
     spec = importlib.util.spec_from_file_location("config", file)
-    if spec is None or spec.loader is None or not os.path.exists(file):
+    if spec is None or spec.loader is None or not Path(file).exists():
         raise ConfigError(f"--config {file}: no such file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -7,7 +7,6 @@ report shows) to the workdir. The config and the parameters are the newest check
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from clip_jax import sharding
 from clip_jax.data.sources import open_source
 from clip_jax.errors import ConfigError
 from clip_jax.evaluation.pairs import Evaluation, evaluate_source
+from clip_jax.files import write_atomically
 from clip_jax.training import checkpoint
 from clip_jax.training.clip_task import ClipTask
 from launch import command
@@ -52,8 +52,10 @@ def main() -> None:
             found[name] = evaluate_source(encoder, open_source(spec), tuple(config.data.templates))
     sources = {name: evaluation.figures for name, evaluation in found.items()}
     if jax.process_index() == 0:
-        write_json(workdir / "predictions.json", {name: predictions(e) for name, e in found.items()})
-        write_json(results_path, {"checkpoint": path.name, "sources": sources})
+        shown = {name: predictions(evaluation) for name, evaluation in found.items()}
+        write_atomically(workdir / "predictions.json", json.dumps(shown, indent=1, ensure_ascii=False) + "\n")
+        results = {"checkpoint": path.name, "sources": sources}
+        write_atomically(results_path, json.dumps(results, indent=1) + "\n")
         print_table(sources)
 
 
@@ -65,8 +67,7 @@ def predictions(evaluation: Evaluation) -> dict[str, Any]:
     """Evenly chosen images with their first classes, and for each style a few names with what they find."""
     chosen = range(0, len(evaluation.records), max(1, len(evaluation.records) // SHOWN))
     classification = [
-        {"record": int(evaluation.records[i]), "top": [evaluation.names[c] for c in evaluation.top[i]]}
-        for i in chosen
+        {"record": int(evaluation.records[i]), "top": [evaluation.names[c] for c in evaluation.top[i]]} for i in chosen
     ]
     retrieval = {}
     for style, classes in evaluation.queries.items():
@@ -74,7 +75,10 @@ def predictions(evaluation: Evaluation) -> dict[str, Any]:
         retrieval[style] = [
             {"text": evaluation.names[classes[i]], "records": evaluation.retrieved[style][i].tolist()} for i in rows
         ]
-    return {"classification": classification[:SHOWN], "retrieval": {k: v[:SHOWN] for k, v in retrieval.items()}}
+    return {
+        "classification": classification[:SHOWN],
+        "retrieval": {k: v[:SHOWN] for k, v in retrieval.items()},
+    }
 
 
 def print_table(sources: dict[str, Any]) -> None:
@@ -85,13 +89,6 @@ def print_table(sources: dict[str, Any]) -> None:
             f"{name:34}{f['images']:8}{f['classes']:9}{f['top1']:8.1%}{chance['top1']:8.2%}"
             f"{f['top5']:8.1%}{f['recall_at_5']:8.1%}{chance['recall_at_5']:8.2%}"
         )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Written whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

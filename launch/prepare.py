@@ -1,6 +1,6 @@
 """Builds data sets.
 
-    python -m launch.prepare emoji      # the embedded emoji, from pinned packages (needs npm and the extra `prepare`)
+python -m launch.prepare emoji      # the embedded emoji, from pinned packages (needs npm and the extra `prepare`)
 """
 
 import argparse

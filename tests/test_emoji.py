@@ -167,9 +167,7 @@ def test_examples_are_deterministic(splits: dict[str, list[dict[str, Any]]]) -> 
     assert emoji.examples(read, 16) == splits
 
 
-def test_written_records_are_read_back_in_order(
-    splits: dict[str, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_written_records_are_read_back_in_order(splits: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     directory = tmp_path / "emoji" / emoji.VERSION
     for _ in range(2):  # the second time over the first
         emoji.write_tfds(splits, directory, 16)

@@ -79,9 +79,7 @@ def test_outputs_are_open_clips(name: str) -> None:
     if "patch_tokens" in expected:
         check(extras["image_tokens"][:, model.vision.num_prefix_tokens :], "patch_tokens")
     else:  # a feature map, row by row
-        check(
-            extras["image_tokens"].reshape(4, 3, 3, -1).transpose(0, 3, 1, 2), "feature_map"
-        )
+        check(extras["image_tokens"].reshape(4, 3, 3, -1).transpose(0, 3, 1, 2), "feature_map")
 
 
 def dense_loss(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:

@@ -72,9 +72,7 @@ def test_batches_hold_the_elements_at_their_positions(tokenizer: Tokenizer) -> N
 
 @pytest.mark.parametrize("source", [PAIRS, BAD], ids=["good", "bad"])
 @pytest.mark.parametrize("order", ["halves", "stripes"])
-def test_content_does_not_depend_on_the_split_of_rows(
-    tokenizer: Tokenizer, source: PairSource, order: str
-) -> None:
+def test_content_does_not_depend_on_the_split_of_rows(tokenizer: Tokenizer, source: PairSource, order: str) -> None:
     element = elements(source, tokenizer)
     rows = np.arange(BATCH) if order == "halves" else np.arange(BATCH).reshape(-1, 2).T.ravel()
     whole = read(Batches(element, BATCH, rows), 0, 5)
@@ -167,7 +165,7 @@ def test_evaluation_batches_hold_every_record_in_order() -> None:
 
 def test_records_that_cannot_be_read_are_left_out(tokenizer: Tokenizer) -> None:
     class Damaged(list[Pair]):
-        def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        def __getitem__(self, index):
             if index == 2:
                 raise RecordError("r2: checksum")
             return super().__getitem__(index)

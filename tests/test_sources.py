@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_jax.data.sources import ASSETS, Cached, Pair, TfdsSource, find_asset, open_source, texts_of
+from clip_jax.data.sources import ASSETS, Pair, TfdsSource, find_asset, open_source
 from clip_jax.data.transforms import decode
 from clip_jax.errors import DataError, RecordError
 
@@ -148,23 +148,6 @@ def test_tfds_without_directory_or_split_is_refused(where: str) -> None:
 
 def test_tfds_opens_a_directory() -> None:
     assert open_source(f"tfds:{EMOJI}#{SMALL}")[0] == open_source(f"emoji:{SMALL}")[0]
-
-
-def test_cached_returns_the_same_records_and_reads_once() -> None:
-    class Counting(list[Pair]):
-        reads = 0
-
-        def __getitem__(self, index):  # type: ignore[no-untyped-def]
-            self.reads += 1
-            return super().__getitem__(index)
-
-    plain = Counting(Pair(str(i), b"", f"text {i}") for i in range(5))
-    cached = Cached(plain)
-    assert len(cached) == 5
-    first, again = [cached[i] for i in range(5)], [cached[i] for i in range(5)]
-    assert first == again == list(iter(plain))
-    assert plain.reads == 5
-    assert texts_of(cached) == [f"text {i}" for i in range(5)]
 
 
 def test_open_source_caches_on_demand() -> None:

@@ -94,9 +94,7 @@ def test_text_that_just_fits_is_not_cut(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer", "embedded"])
 @pytest.mark.parametrize("text", TRICKY)
-def test_tricky_texts_round_trip_up_to_case_and_blanks(
-    text: str, name: str, request: pytest.FixtureRequest
-) -> None:
+def test_tricky_texts_round_trip_up_to_case_and_blanks(text: str, name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(name)
     (ids,) = tokenizer(text, 256)
     assert tokenizer.decode(ids) == clean(unicodedata.normalize("NFC", text).lower())

@@ -53,9 +53,7 @@ def test_decode_refuses_what_is_no_image(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("line 1\nline 2"), OSError(), EOFError("end"), IndexError()])
-def test_decode_refuses_whatever_the_decoder_raises(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decode_refuses_whatever_the_decoder_raises(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> None:
         raise error
 
@@ -94,14 +92,10 @@ def test_decode_converts_grayscale_and_palette_exactly() -> None:
     image = decode(encode(Image.fromarray(gray)), "k")
     np.testing.assert_array_equal(np.asarray(image), np.repeat(gray[..., None], 3, axis=-1))
     palette = Image.fromarray(noise()).convert("P")
-    np.testing.assert_array_equal(
-        np.asarray(decode(encode(palette), "k")), np.asarray(palette.convert("RGB"))
-    )
+    np.testing.assert_array_equal(np.asarray(decode(encode(palette), "k")), np.asarray(palette.convert("RGB")))
 
 
-@pytest.mark.parametrize(
-    "size", [(1, 1), (1, 300), (300, 1), (31, 97), (97, 31), (48, 49), (224, 225), (1000, 33)]
-)
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (31, 97), (97, 31), (48, 49), (224, 225), (1000, 33)])
 def test_evaluation_image_is_square(size: tuple[int, int]) -> None:
     pixels = evaluation_image(Image.new("RGB", size, (10, 20, 30)), 32)
     assert (pixels.shape, pixels.dtype) == ((32, 32, 3), np.uint8)

@@ -39,7 +39,10 @@ PACKAGES = {
     "@iconify-json/fxemoji": ("1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),
     "@iconify-json/twemoji": ("1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
     "@iconify-json/emojione": ("1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
-    "@iconify-json/fluent-emoji": ("1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
+    "@iconify-json/fluent-emoji": (
+        "1.2.7",
+        "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
+    ),
     "@iconify-json/fluent-emoji-flat": (
         "1.2.6",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
@@ -154,7 +157,7 @@ def svg_of(read: Reader, style: str, wanted: list[Concept]) -> dict[str, str]:
 
 def unicode_names(read: Reader) -> dict[str, tuple[str, ...]]:
     """Code → the character's Unicode name, without blanks: fxemoji's file names."""
-    names = {}
+    names: dict[str, tuple[str, ...]] = {}
     for code in read("emojibase-data", "meta/unicode-names.json").items():
         hexcode, name = canonical(code[0]), slug(code[1])
         names[hexcode] = (name.replace("-", ""),)
@@ -178,8 +181,7 @@ def held_out(wanted: list[Concept], drawings: Mapping[str, Mapping[str, str]]) -
     everywhere = [
         c
         for c in wanted
-        if c.group != "flags"
-        and all(c.code in drawings[style] for style in ("noto", "twemoji", *HELD_OUT_STYLES))
+        if c.group != "flags" and all(c.code in drawings[style] for style in ("noto", "twemoji", *HELD_OUT_STYLES))
     ]
     ordered = sorted(everywhere, key=lambda c: hashlib.sha256(f"held out: {c.label}".encode()).digest())
     return {c.code for c in ordered[:HELD_OUT_CONCEPTS]}
@@ -244,7 +246,7 @@ def write_tfds(splits: Mapping[str, list[dict[str, Any]]], directory: Path, size
 
     with tfds.core.registered.skip_registration():  # so that it can be called again
 
-        class Emoji(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+        class Emoji(tfds.core.GeneratorBasedBuilder):
             VERSION = tfds.core.Version(VERSION)
             name = "emoji"
 

@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grain
 import numpy as np
+from PIL import Image
 
 from clip_jax.data import transforms
 from clip_jax.data.order import Order, generator
-from clip_jax.data.sources import PairSource
+from clip_jax.data.sources import Pair, PairSource
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import DataError, RecordError
 
@@ -25,6 +26,7 @@ class PairElements:
 
     A bad record is replaced by the one that `order` names next for this position, and counted.
     `keyword_rate`: how often keywords, some of them in random order, join the text or stand in its place.
+    `cache`: keep decoded records in memory, where the source is small enough.
     """
 
     source: PairSource
@@ -34,14 +36,15 @@ class PairElements:
     context_length: int
     augment: transforms.Augmentation
     keyword_rate: float = 0.0
+    cache: bool = False
+    _cached: dict[int, tuple[Pair, Image.Image]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, position: int) -> Element:
         for attempt in range(MAX_ATTEMPTS):
             index = self.order.index(position, attempt)
             rng = generator(self.order.seed, position, attempt, 2)
             try:
-                pair = self.source[index]
-                image = transforms.decode(pair.image, pair.key)
+                pair, image = self._read(index)
                 text = self._text(pair.key, pair.text, pair.keywords, rng)
             except RecordError as error:
                 if str(error) not in _reported:  # once for each record and process
@@ -54,6 +57,15 @@ class PairElements:
                 "rejected": np.int32(attempt),
             }
         raise DataError(f"{MAX_ATTEMPTS} bad records in a row at position {position}; see the warnings above")
+
+    def _read(self, index: int) -> tuple[Pair, Image.Image]:
+        if index in self._cached:
+            return self._cached[index]
+        pair = self.source[index]
+        image = transforms.decode(pair.image, pair.key)
+        if self.cache:
+            self._cached[index] = pair, image
+        return pair, image
 
     def _text(self, key: str, text: str, keywords: Sequence[str], rng: np.random.Generator) -> str:
         if not text.strip():

@@ -62,9 +62,7 @@ class TfdsSource:
         except Exception as error:  # TFDS and protobuf raise many kinds, bare Exceptions among them
             raise DataError(f"{self.directory}: not a readable TFDS data set: {_first_line(error)}") from None
         if split not in splits:
-            raise DataError(
-                f"{self.directory}: no split {split!r}; expected one of {', '.join(sorted(splits))}"
-            )
+            raise DataError(f"{self.directory}: no split {split!r}; expected one of {', '.join(sorted(splits))}")
         self._text = next((name for name in ("text", "caption", "label") if name in features), None)
         if "image" not in features or self._text is None:
             raise DataError(
@@ -101,23 +99,6 @@ class TfdsSource:
         )
 
 
-class Cached:
-    """Keeps every record of a small source in memory after its first reading."""
-
-    def __init__(self, source: PairSource):
-        self._source = source
-        self._cache: dict[int, Pair] = {}
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: SupportsIndex) -> Pair:
-        i = index.__index__()
-        if i not in self._cache:
-            self._cache[i] = self._source[i]
-        return self._cache[i]
-
-
 def _open_tfds(where: str) -> PairSource:
     directory, _, split = where.rpartition("#")
     if not directory:
@@ -132,7 +113,7 @@ def _open_emoji(split: str) -> PairSource:
 SOURCES: dict[str, Callable[[str], PairSource]] = {"tfds": _open_tfds, "emoji": _open_emoji}
 
 
-def open_source(spec: str, cache: bool = False) -> PairSource:
+def open_source(spec: str) -> PairSource:
     """Opens `emoji:SPLIT` (embedded) or `tfds:DIRECTORY#SPLIT`.
 
     Raises DataError for an unknown kind and for what the kind itself refuses.
@@ -143,7 +124,7 @@ def open_source(spec: str, cache: bool = False) -> PairSource:
     source = SOURCES[kind](where)
     if len(source) == 0:
         raise DataError(f"data source {spec!r} is empty: expected at least one record")
-    return Cached(source) if cache else source
+    return source
 
 
 def texts_of(source: PairSource) -> Sequence[str]:

@@ -59,20 +59,33 @@ def evaluation_image(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image, dtype=np.uint8)
 
 
-def training_image(
-    image: Image.Image, size: int, augment: Augmentation, rng: np.random.Generator
-) -> np.ndarray:
+def training_image(image: Image.Image, size: int, augment: Augmentation, rng: np.random.Generator) -> np.ndarray:
     """A random resized crop, never flipped (texts say "left"), and what `augment` adds. uint8 [size, size, 3]."""
+    box = _crop_box(image.size, augment, rng)
     if augment.rotate:
-        angle = rng.uniform(-augment.rotate, augment.rotate)
-        image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255))
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=_crop_box(image.size, augment, rng))
+        angle = math.radians(rng.uniform(-augment.rotate, augment.rotate))
+        image = image.transform(
+            (size, size), Image.Transform.AFFINE, _turned(box, angle, size), Image.Resampling.BICUBIC,
+            fillcolor=(255, 255, 255),
+        )  # fmt: skip
+    else:
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if augment.jitter:
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = enhance(image).enhance(1 + rng.uniform(-augment.jitter, augment.jitter))
     if augment.grayscale and rng.random() < augment.grayscale:
         image = image.convert("L").convert("RGB")
     return np.asarray(image, dtype=np.uint8)
+
+
+def _turned(box: tuple[float, float, float, float], angle: float, size: int) -> tuple[float, ...]:
+    """The affine map from the pixels of the result to those of a box that is turned about its centre."""
+    left, top, right, bottom = box
+    sx, sy = (right - left) / size, (bottom - top) / size
+    cos, sin = math.cos(angle), math.sin(angle)
+    a, b, d, e = cos * sx, -sin * sy, sin * sx, cos * sy
+    x, y = (left + right) / 2, (top + bottom) / 2
+    return a, b, x - (a + b) * size / 2, d, e, y - (d + e) * size / 2
 
 
 def _crop_box(

@@ -32,7 +32,7 @@ class Side(NamedTuple):
 
     embedding: Array  # [n/t, t, D]
     positive: Array  # [n/t, t] cosine of the positive pair
-    index: Array  # [n/t, t] int32 position on the device; -1 where a tile is padded
+    place: Array  # [n/t, t] int32 position on the device; -1 where a tile is padded
 
 
 def contrastive_loss(
@@ -92,12 +92,13 @@ def _forward(mesh: Mesh, axes: tuple[str, ...], image_NxD: Array, text_NxD: Arra
 
 def _backward(mesh: Mesh, axes: tuple[str, ...], residuals: tuple[Array, ...], cotangent: Array):
     rows, one = PartitionSpec(axes), PartitionSpec()
+    image_NxD, text_NxD, scale, row_loss_N, column_loss_N = residuals
     return jax.shard_map(
         partial(_local_gradients, axes=axes),
         mesh=mesh,
         in_specs=(rows, rows, one, rows, rows, one),
         out_specs=(rows, rows, one),
-    )(*residuals, cotangent)
+    )(image_NxD, text_NxD, scale, row_loss_N, column_loss_N, cotangent)
 
 
 _loss.defvjp(_forward, _backward)
@@ -123,8 +124,8 @@ def _tiles(x: Array) -> Array:
 def _sides(image_nxD: Array, text_nxD: Array, axes: tuple[str, ...]) -> tuple[Side, Side]:
     n = image_nxD.shape[0]
     positive = _tiles(jnp.sum(_wide(image_nxD) * _wide(text_nxD), axis=-1))
-    index = lax.pcast(_tiles(jnp.arange(1, n + 1, dtype=jnp.int32)) - 1, axes, to="varying")
-    return Side(_tiles(image_nxD), positive, index), Side(_tiles(text_nxD), positive, index)
+    place = lax.pcast(_tiles(jnp.arange(1, n + 1, dtype=jnp.int32)) - 1, axes, to="varying")
+    return Side(_tiles(image_nxD), positive, place), Side(_tiles(text_nxD), positive, place)
 
 
 def _negatives(image: Side, text: Side, home: Array) -> tuple[Array, Array]:
@@ -133,8 +134,8 @@ def _negatives(image: Side, text: Side, home: Array) -> tuple[Array, Array]:
     `home` tells that the texts are this device's own, so that equal positions are the positive pairs.
     """
     cosine_rxc = _dot("rD,cD->rc", image.embedding, text.embedding)
-    real = (image.index[:, None] >= 0) & (text.index[None, :] >= 0)
-    return cosine_rxc, real & ~(home & (image.index[:, None] == text.index[None, :]))
+    real = (image.place[:, None] >= 0) & (text.place[None, :] >= 0)
+    return cosine_rxc, real & ~(home & (image.place[:, None] == text.place[None, :]))
 
 
 def _ring(step, travelling, staying, axes: tuple[str, ...]):

@@ -103,9 +103,7 @@ def split_heads(width: int, heads: int, name: str, dtype: Dtype) -> Linear:
 
 def merge_heads(heads: int, head_size: int, out: int, axis: str, std: float, dtype: Dtype) -> Linear:
     """[B, L, H, K] → [B, L, `out`]; `axis` is the logical name of what comes out."""
-    return Linear(
-        "BLHK,HKD->BLD", (heads, head_size, out), ("heads", "head_size", axis), std, 1, dtype, name="out"
-    )
+    return Linear("BLHK,HKD->BLD", (heads, head_size, out), ("heads", "head_size", axis), std, 1, dtype, name="out")
 
 
 class Attention(nn.Module):

@@ -12,7 +12,8 @@ from jax import lax
 from clip_jax.errors import ConfigError
 from clip_jax.models.layers import Array, attention, merge_heads, normal, ones, split_heads, zeros
 
-FEATURES = ("batch", None, None, "channels")  # logical axes of a feature map [B, h, w, C]
+# Logical axes of a feature map [B, h, w, C]; for its channels see `Conv`.
+FEATURES = ("batch", None, None, None)
 
 
 class Conv(nn.Module):
@@ -33,6 +34,9 @@ class Conv(nn.Module):
         init = nn.with_logical_partitioning(init, (None, None, "conv_in", "channels"))
         size = self.kernel_size
         kernel = self.param("kernel", init, (size, size, x_BxhxwxC.shape[-1], self.features)).astype(self.dtype)
+        # Stored in parts, used whole: given both a split batch and split channels, XLA's partitioner returns
+        # wrong gradients of convolutions on a (2, 2, 2) mesh, under a right loss (jax 0.10.2).
+        kernel = nn.with_logical_constraint(kernel, (None, None, None, None))
         if size == 1 and self.stride == 1:
             return jnp.einsum("BhwC,CF->BhwF", x_BxhxwxC, kernel[0, 0])
         return lax.conv_general_dilated(
@@ -76,13 +80,17 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x_BxhxwxC: Array, train: bool) -> Array:
         out = 4 * self.features
-        y = nn.relu(batch_norm(train, "bn1", self.dtype)(Conv(self.features, 1, dtype=self.dtype, name="conv1")(x_BxhxwxC)))
+        y = nn.relu(
+            batch_norm(train, "bn1", self.dtype)(Conv(self.features, 1, dtype=self.dtype, name="conv1")(x_BxhxwxC))
+        )
         y = nn.relu(batch_norm(train, "bn2", self.dtype)(Conv(self.features, 3, dtype=self.dtype, name="conv2")(y)))
         y = average_pool(y, self.stride) if self.stride > 1 else y
         y = batch_norm(train, "bn3", self.dtype, zero_scale=True)(Conv(out, 1, dtype=self.dtype, name="conv3")(y))
         if self.stride > 1 or x_BxhxwxC.shape[-1] != out:
             x = average_pool(x_BxhxwxC, self.stride) if self.stride > 1 else x_BxhxwxC
-            shortcut = batch_norm(train, "shortcut_bn", self.dtype)(Conv(out, 1, dtype=self.dtype, name="shortcut_conv")(x))
+            shortcut = batch_norm(train, "shortcut_bn", self.dtype)(
+                Conv(out, 1, dtype=self.dtype, name="shortcut_conv")(x)
+            )
         else:
             shortcut = x_BxhxwxC
         return nn.with_logical_constraint(nn.relu(shortcut + y), FEATURES)

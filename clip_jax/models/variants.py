@@ -38,9 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     for name, (vision, width, heads, embed_dim) in _OPENAI.items()
 }
 
-_EMOJI_TEXT = dict(vocab_size=4096, context_length=16, width=128, layers=2, heads=4, end_id=4095)
+_EMOJI_TEXT = dict(vocab_size=4096, context_length=12, width=128, layers=2, heads=4, end_id=4095)
 VARIANTS["emoji-RN"] = dict(
-    vision=dict(kind="resnet", image_size=48, width=24, layers=(1, 1, 1, 1), heads=12),
+    vision=dict(kind="resnet", image_size=48, width=16, layers=(1, 1, 1, 1), heads=8),
     text=_EMOJI_TEXT,
     embed_dim=256,
     activation="quick_gelu",

@@ -9,10 +9,9 @@ without one is not taken for a checkpoint. One tower is read, and verified, with
 import hashlib
 import json
 import logging
-import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from clip_jax.errors import CheckpointError
+from clip_jax.files import write_atomically
 from clip_jax.training.state import TrainState, leaf_paths, partition
 
 PyTree = Any
@@ -133,12 +133,7 @@ def write_manifest(path: Path) -> None:
         for file in sorted(path.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
-    temporary = path / (MANIFEST + ".tmp")
-    with temporary.open("w") as f:
-        json.dump(files, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path / MANIFEST)
+    write_atomically(path / MANIFEST, json.dumps(files, indent=1))
 
 
 def verify(path: Path, items: list[str] | None = None) -> None:
@@ -149,9 +144,7 @@ def verify(path: Path, items: list[str] | None = None) -> None:
     try:
         files = json.loads((path / MANIFEST).read_text())
     except (OSError, json.JSONDecodeError):
-        raise CheckpointError(
-            f"{path}: not a finished checkpoint ({MANIFEST} is missing or unreadable)"
-        ) from None
+        raise CheckpointError(f"{path}: not a finished checkpoint ({MANIFEST} is missing or unreadable)") from None
     for name, expected in files.items():
         if items is not None and "/" in name and name.split("/")[0] not in items:
             continue
@@ -170,16 +163,17 @@ def restore(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
     Keys, shapes and dtypes are compared with the checkpoint's own first: Orbax itself returns abstract
     leaves for a misspelt key. Raises CheckpointError naming the first difference.
     """
-    stored = ocp.checkpointables_metadata(path).metadata
     for item, tree in abstract.items():
-        if item not in stored:
-            raise CheckpointError(f"{path}: no {item.replace('.', '/')}; it holds {_listing(stored)}")
-        want, have = _named_leaves(tree), _named_leaves(stored[item])
+        if item not in _items(path):
+            raise CheckpointError(f"{path}: no {item.replace('.', '/')}; it holds {_listing(_items(path))}")
+        want, have = _named_leaves(tree), _named_leaves(_stored(path, item))
         for name in sorted(want.keys() | have.keys()):
             if name not in have:
                 raise CheckpointError(f"{path}: no {item} {name}: a checkpoint of another architecture")
             if name not in want:
-                raise CheckpointError(f"{path}: {item} {name} is not in this model: a checkpoint of another architecture")
+                raise CheckpointError(
+                    f"{path}: {item} {name} is not in this model: a checkpoint of another architecture"
+                )
             if want[name] != have[name]:
                 raise CheckpointError(
                     f"{path}: {item} {name} is {_describe(have[name])}; this model expects {_describe(want[name])}"
@@ -202,7 +196,7 @@ def latest(path: Path) -> Path:
 
 def metadata(path: Path) -> dict[str, Any]:
     """The config, the model's metadata and the step of a checkpoint (not verified: see `verify`)."""
-    return dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+    return dict(ocp.metadata(path, "train").custom_metadata or {})
 
 
 def load(path: str | Path, subtree: str = "params", sharding: Any = None) -> PyTree:
@@ -220,23 +214,23 @@ def load(path: str | Path, subtree: str = "params", sharding: Any = None) -> PyT
       CheckpointError: nothing there, damaged, or no such subtree.
     """
     path = latest(Path(path))
-    stored = ocp.checkpointables_metadata(path).metadata
+    items = _items(path)
     if subtree == "params":
-        towers = [name.removeprefix("params.") for name in stored if name.startswith("params.")]
+        towers = [name.removeprefix("params.") for name in items if name.startswith("params.")]
         parts = sharding if isinstance(sharding, Mapping) else dict.fromkeys(towers, sharding)
         return {tower: load(path, f"params/{tower}", parts[tower]) for tower in towers}
 
     head, *keys = subtree.split("/")
     item = f"params.{keys[0]}" if head == "params" else head
-    tree: Any = stored.get(item, {})
+    if item not in items:
+        raise CheckpointError(f"{path}: no {subtree}; it holds {_listing(items)}")
+    verify(path, [item])
+    tree = _stored(path, item)
     for depth, key in enumerate(keys):
         if key not in tree:
             where = "/".join([head, *keys[:depth]])
-            raise CheckpointError(f"{path}: no {subtree}; under {where} there are {_listing(tree or stored)}")
+            raise CheckpointError(f"{path}: no {subtree}; under {where} there are {_listing(tree)}")
         tree = tree[key]
-    if item not in stored:
-        raise CheckpointError(f"{path}: no {subtree}; it holds {_listing(stored)}")
-    verify(path, [item])
 
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -245,12 +239,23 @@ def load(path: str | Path, subtree: str = "params", sharding: Any = None) -> PyT
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
     for key in reversed(keys):
         abstract = {key: abstract}
-    with ocp.Context() as context:
-        context.pytree.loading.partial_load = True
+    partial = ocp.Context()
+    partial.pytree.loading.partial_load = True
+    with partial:
         loaded: Any = ocp.load_checkpointables(path, {item: abstract})[item]
     for key in keys:
         loaded = loaded[key]
     return loaded
+
+
+def _items(path: Path) -> list[str]:
+    """The items of a checkpoint. (Orbax's own listing reads the metadata of all of them.)"""
+    return sorted(item.name for item in path.iterdir() if item.is_dir())
+
+
+def _stored(path: Path, item: str) -> Any:
+    """The tree of an item's shapes and dtypes as they lie on disk."""
+    return ocp.metadata(path, item).metadata
 
 
 def _digest(file: Path) -> str:
@@ -273,7 +278,7 @@ def _describe(leaf: tuple[tuple[int, ...], np.dtype]) -> str:
     return f"{leaf[1]}{list(leaf[0])}"
 
 
-def _listing(names: Mapping[str, Any]) -> str:
+def _listing(names: Iterable[str]) -> str:
     return ", ".join(sorted(str(name).replace(".", "/") for name in names))
 
 

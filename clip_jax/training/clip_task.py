@@ -1,13 +1,12 @@
 """CLIP as a task: two towers, the contrastive loss, zero-shot classification and retrieval."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax import sharding
@@ -41,7 +40,7 @@ class ClipTask:
                 f"{config.data.tokenizer} has {self.tokenizer.vocab_size} ids and end id {self.tokenizer.end_id}; "
                 f"model.text expects {text.vocab_size} and {text.end_id}"
             )
-        source = open_source(config.data.train, cache=config.data.cache)
+        source = open_source(config.data.train)
         self.element_of = PairElements(
             source=source,
             order=Order(len(source), config.seed, group_by(texts_of(source)) if config.data.group_by_text else None),
@@ -50,6 +49,7 @@ class ClipTask:
             context_length=text.context_length,
             augment=transforms.Augmentation(**config.data.augment),
             keyword_rate=config.data.keyword_rate,
+            cache=config.data.cache,
         )
 
     def element(self, position: int) -> Element:
@@ -82,15 +82,13 @@ class ClipTask:
         (image, text, extras), new_state = self.model.apply(
             {"params": merge(trainable, frozen), **state}, inputs, train=True, mutable=list(state)
         )
-        loss = contrastive_loss(
-            image, text, extras["logit_scale"], mesh=self.mesh, axis_names=sharding.BATCH_AXES
-        )
+        loss = contrastive_loss(image, text, extras["logit_scale"], mesh=self.mesh, axis_names=sharding.BATCH_AXES)
         return loss, ({"logit_scale": extras["logit_scale"]}, new_state)
 
     def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh) -> dict[str, float]:
         """The headline figures of each split named in `config.data.evaluate`."""
         encoder = self.encoder(params, state, mesh)
-        results = {}
+        results: dict[str, float] = {}
         for name, spec in self.config.data.evaluate.items():
             found = evaluate_source(encoder, open_source(spec), tuple(self.config.data.templates)).figures
             results |= {f"{name}.{key}": found[key] for key in ("top1", "top5", "recall_at_5")}

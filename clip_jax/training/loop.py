@@ -3,9 +3,9 @@
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from clip_jax import sharding
 from clip_jax.data.pipeline import Batches
 from clip_jax.errors import ConfigError, TrainingError
+from clip_jax.files import write_atomically
 from clip_jax.training import checkpoint
 from clip_jax.training import state as train_state
 from clip_jax.training.metrics import MetricsWriter
@@ -62,9 +63,7 @@ def train(config: ml_collections.ConfigDict, task: Task, workdir: Path, mesh: Me
         if start >= config.steps:
             logging.info("all %d steps are done: nothing to train in %s", config.steps, workdir)
             return state
-        step_fn = train_state.jit_train_step(
-            train_state.train_step_fn(task, optimizer, config.seed), shardings, mesh
-        )
+        step_fn = train_state.jit_train_step(train_state.train_step_fn(task, optimizer, config.seed), shardings, mesh)
         writer = MetricsWriter(workdir, start) if jax.process_index() == 0 else None
         run = _Run(config, task, workdir, mesh, checkpointer, writer)
         try:
@@ -205,12 +204,12 @@ def first_state(task: Task, create: Any, abstract: TrainState, shardings: TrainS
         return {key: value for key, value in tree.items() if key not in sources}
 
     def without_sources(state: TrainState) -> TrainState:
-        return state.replace(trainable=drop(state.trainable), frozen=drop(state.frozen))
+        return replace(state, trainable=drop(state.trainable), frozen=drop(state.frozen))
 
     # What is dropped from the output is dead code to XLA: a tower that is read is never drawn at random.
-    state = jax.jit(
-        lambda rng: without_sources(sharding.unbox(create(rng))), out_shardings=without_sources(shardings)
-    )(jax.random.key(seed))
+    state = jax.jit(lambda rng: without_sources(sharding.unbox(create(rng))), out_shardings=without_sources(shardings))(
+        jax.random.key(seed)
+    )
     params, model_state = dict(state.params), jax.tree.map(lambda x: x, state.model_state)
     for name, path in sources.items():
         where = checkpoint.latest(Path(path))
@@ -223,13 +222,17 @@ def first_state(task: Task, create: Any, abstract: TrainState, shardings: TrainS
                 placed = jax.tree.map(lambda leaf: leaf.sharding, towers[name])
                 model_state[collection][name] = checkpoint.load(where, f"state/{collection}/{name}", placed)
     trainable, frozen = train_state.partition(params, train_state.leaf_paths(abstract.frozen).__contains__)
-    return state.replace(trainable=trainable, frozen=frozen, model_state=model_state)
+    return replace(state, trainable=trainable, frozen=frozen, model_state=model_state)
 
 
 def run_metadata(config: ml_collections.ConfigDict, task: Task) -> dict[str, Any]:
     """What every checkpoint of a run says about itself."""
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": flax.__version__}
-    return {"config": json.loads(config.to_json_best_effort()), "model": task.metadata(), "versions": versions}
+    return {
+        "config": json.loads(config.to_json_best_effort()),
+        "model": task.metadata(),
+        "versions": versions,
+    }
 
 
 def parameter_count(tree: Any) -> int:
@@ -258,9 +261,7 @@ def claim_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
                 )
     elif jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(config.to_json_best_effort(indent=1) + "\n")
-        os.replace(temporary, path)
+        write_atomically(path, config.to_json_best_effort(indent=1) + "\n")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Metrics to a JSON-lines file and to TensorBoard, written by one process."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
+
+from clip_jax.files import write_atomically
 
 
 class MetricsWriter:
@@ -18,9 +19,7 @@ class MetricsWriter:
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():
             kept = [row for row in read_metrics(workdir) if row["step"] <= step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(temporary, self._path)
+            write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 

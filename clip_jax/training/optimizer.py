@@ -17,7 +17,7 @@ NO_DECAY = r"(^|/)(bias|scale|class_embedding|logit_scale|logit_bias)$"
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """"vision/transformer/…" from a tree path; attributes (a box's `.value`) are no part of the name."""
+    """ "vision/transformer/…" from a tree path; attributes (a box's `.value`) are no part of the name."""
     return "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
 
 

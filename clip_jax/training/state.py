@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,7 +18,8 @@ PyTree = Any
 Metrics = dict[str, jax.Array]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
     """Parameters are split: gradients and optimiser state exist for the trainable ones only."""
 
@@ -97,7 +98,8 @@ def train_step_fn(
         (loss, (metrics, model_state)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **metrics}
-        return state.replace(
+        return replace(
+            state,
             step=state.step + 1,
             trainable=optax.apply_updates(state.trainable, updates),
             model_state=model_state,

@@ -1,0 +1,189 @@
+"""The mesh, the rules, and that the constraints stand in the program, each with its own spec."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clip_jax import sharding
+from clip_jax.errors import ConfigError
+from clip_jax.losses import contrastive_loss
+from clip_jax.models.variants import VARIANTS, build_two_tower, get_variant
+
+BATCH = 16
+
+
+def setup(name: str, size: int = 32) -> tuple[Any, Any, dict[str, jax.Array]]:
+    config = get_variant(name)
+    config.vision.image_size = size
+    model = build_two_tower(config)
+    length = config.text.context_length
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.normal(size=(BATCH, size, size, 3)), jnp.float32),
+        "text": jnp.asarray(rng.integers(1, 4096, size=(BATCH, length)), jnp.int32),
+    }
+    return model, jax.eval_shape(model.init, jax.random.key(0), batch), batch
+
+
+def loss_fn(model: Any, mesh: Mesh) -> Any:
+    def loss(variables: Any, batch: Any) -> jax.Array:
+        rest = [key for key in variables if key != "params"]
+        (image, text, extras), _ = model.apply(variables, batch, train=True, mutable=rest)
+        return contrastive_loss(image, text, extras["logit_scale"], mesh=mesh, axis_names=sharding.BATCH_AXES)
+
+    return loss
+
+
+def constraints(jaxpr: Any) -> Iterator[tuple[tuple[int, ...], P]]:
+    """(shape, spec) of every sharding constraint of a program, inner ones too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "sharding_constraint":
+            yield equation.invars[0].aval.shape, equation.params["sharding"].spec
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from constraints(inner)
+
+
+def padded(spec: P, rank: int) -> tuple[Any, ...]:
+    return tuple(spec) + (None,) * (rank - len(spec))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_is_named_and_every_name_has_a_rule(name: str) -> None:
+    boxed = abstract(name)
+    sharding.check_names(boxed["params"], sharding.DEFAULT_RULES)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        boxed["params"], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    ):
+        assert isinstance(leaf, nn.LogicallyPartitioned) or leaf.shape == (), jax.tree_util.keystr(path)
+
+
+def abstract(name: str) -> Any:
+    config = get_variant(name)
+    size = config.vision.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
+        "text": jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32),
+    }
+    return jax.eval_shape(build_two_tower(config).init, jax.random.key(0), batch)
+
+
+def test_a_name_without_a_rule_is_an_error() -> None:
+    _, boxed, _ = setup("debug-ViT")
+    rules = [rule for rule in sharding.DEFAULT_RULES if rule[0] != "mlp"]
+    with pytest.raises(ConfigError, match=r"\['mlp'\].*no sharding rule for its axis 'mlp'"):
+        sharding.tree_shardings(boxed["params"], sharding.make_mesh(), rules)
+
+
+@pytest.mark.parametrize("name", ["debug-ViT", "debug-RN"])
+def test_each_activation_carries_its_own_spec(name: str) -> None:
+    mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
+    model, boxed, batch = setup(name)
+    config = get_variant(name)
+    with sharding.use_mesh(mesh):
+        jaxpr = jax.make_jaxpr(loss_fn(model, mesh))(sharding.unbox(boxed), batch)
+    found = {(shape, padded(spec, len(shape))) for shape, spec in constraints(jaxpr.jaxpr)}
+    rows = ("replica", "fsdp")
+    text = config.text
+    length, width, heads = text.context_length, text.width, text.heads
+    expected = {
+        ((BATCH, length, width), (rows, None, None)),  # the residual stream
+        ((BATCH, length, heads, width // heads), (rows, None, "tensor", None)),
+        ((BATCH, length, 4 * width), (rows, None, "tensor")),
+        ((BATCH, config.embed_dim), (rows, None)),
+    }
+    if name == "debug-ViT":
+        tokens, vision = (config.vision.image_size // config.vision.patch_size) ** 2 + 1, config.vision
+        expected |= {
+            ((BATCH, tokens, vision.width), (rows, None, None)),
+            ((BATCH, tokens, vision.heads, vision.width // vision.heads), (rows, None, "tensor", None)),
+            ((BATCH, tokens, 4 * vision.width), (rows, None, "tensor")),
+        }
+    else:
+        grid, width = config.vision.image_size // 4, config.vision.width
+        expected |= {
+            ((BATCH, grid // 2**i, grid // 2**i, 4 * width * 2**i), (rows, None, None, None)) for i in range(4)
+        }
+        expected.add(((BATCH, grid, grid, width), (rows, None, None, None)))
+    assert expected <= found, expected - found
+
+
+def test_a_swapped_table_reaches_the_program() -> None:
+    mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
+    model, boxed, batch = setup("debug-ViT")
+    rules = sharding.rules_of([("residual", "tensor"), *[r for r in sharding.DEFAULT_RULES if r[0] != "residual"]])
+    with sharding.use_mesh(mesh, rules):
+        jaxpr = jax.make_jaxpr(loss_fn(model, mesh))(sharding.unbox(boxed), batch)
+    found = {(shape, tuple(spec)) for shape, spec in constraints(jaxpr.jaxpr)}
+    assert ((BATCH, 17, 32), (("replica", "fsdp"), None, "tensor")) in found
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("name", ["debug-ViT", "debug-RN"])
+def test_every_mesh_of_8_gives_the_same_loss_and_gradients(name: str, shape: tuple[int, int, int]) -> None:
+    # Large enough that the ResNet's last BatchNorm has more than the batch to go by.
+    model, boxed, batch = setup(name, 64)
+    rng = np.random.default_rng(1)  # off the initial values, where scales of zero cut off whole branches
+    start = sharding.unbox(jax.jit(model.init)(jax.random.key(0), batch))
+    start = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).clip(-2, 2).astype(np.float32), start)
+
+    def run(mesh: Mesh) -> tuple[jax.Array, Any]:
+        with sharding.use_mesh(mesh), jax.default_matmul_precision("highest"):
+            where = sharding.tree_shardings(boxed, mesh)
+            variables = jax.device_put(start, where)
+            placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+            return jax.jit(jax.value_and_grad(loss_fn(model, mesh)))(variables, placed)
+
+    one, many = (
+        run(sharding.make_mesh({}, jax.devices()[:1])),
+        run(sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)))),
+    )
+    np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(one[1]))
+    for got, expected in zip(*map(jax.tree.leaves, (many[1], one[1])), strict=True):
+        assert np.abs(np.asarray(got) - np.asarray(expected)).max() <= 1e-5 * largest
+
+
+def test_parameters_are_really_sharded() -> None:
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    _, boxed, _ = setup("debug-ViT")
+    shardings = sharding.tree_shardings(boxed["params"], mesh)
+    blocks = shardings["vision"]["transformer"]["blocks"]
+    assert blocks["mlp"]["up"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert blocks["attention"]["query"]["kernel"].spec == P(None, "fsdp", "tensor", None)
+    assert shardings["text"]["token_embedding"].spec == P("tensor", "fsdp")
+
+
+def test_an_axis_that_does_not_divide_is_dropped() -> None:
+    mesh = sharding.make_mesh({"fsdp": 8})
+    box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((3, 3, 3, 8), jnp.float32), (None, None, "conv_in", "channels"))
+    assert sharding.tree_shardings({"kernel": box}, mesh)["kernel"].spec == P(None, None, None, "tensor")
+
+
+def test_meshes_that_do_not_fit_are_named() -> None:
+    assert dict(sharding.make_mesh({"fsdp": -1, "tensor": 2}).shape) == {"replica": 1, "fsdp": 4, "tensor": 2}
+    with pytest.raises(ConfigError, match="there are 8"):
+        sharding.make_mesh({"fsdp": 3})
+    with pytest.raises(ConfigError, match="mesh axis 'model'"):
+        sharding.make_mesh({"model": 8})
+    with pytest.raises(ConfigError, match="batch_size 12 is not divisible by the 8 data-parallel parts"):
+        sharding.check_batch(12, sharding.make_mesh())
+
+
+def test_batches_land_where_they_belong() -> None:
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    where = sharding.batch_sharding(mesh)
+    rows = sharding.local_rows(where, 8)
+    assert rows.tolist() == list(range(8))
+    placed = sharding.put_batch({"x": np.arange(8)[rows]}, where, 8)["x"]
+    assert placed.tolist() == list(range(8))
+    assert isinstance(placed.sharding, NamedSharding) and placed.sharding.spec == P(("replica", "fsdp"))
