@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
 from clip_jax.data import emoji
 from clip_jax.data.sources import ASSETS, TfdsSource
@@ -79,6 +81,15 @@ def test_digest_mismatch_names_both(tmp_path: Path) -> None:
 def test_download_without_npm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match="npm: not found"):
+        emoji.download(tmp_path / "cache")
+
+
+def test_failure_of_npm_is_one_line_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\nprintf 'npm error code E1\\nnpm error not there\\nnpm error a log\\n' >&2\nexit 1\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(DataError, match=r"^npm pack @iconify-json/noto@1\.2\.9 failed: code E1; not there$"):
         emoji.download(tmp_path / "cache")
 
 
@@ -180,6 +191,24 @@ def test_written_records_are_read_back_in_order(splits: dict[str, list[dict[str,
             assert (pair.keywords, pair.group) == (tuple(record["keywords"]), record["group"])
             assert pair.style == record["style"]
     assert [path.name for path in directory.parent.iterdir()] == [emoji.VERSION]
+
+
+def test_written_files_are_the_same_bytes_in_every_build(
+    splits: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    builds = [tmp_path / name / emoji.VERSION for name in ("one", "two")]
+    for directory in builds:
+        emoji.write_tfds(splits, directory, 16)
+    one, two = ({path.name: path.read_bytes() for path in directory.iterdir()} for directory in builds)
+    assert one == two
+    # One process has one order of protobuf's maps, so that alone would hold by chance: look at the order too.
+    for path in builds[0].glob("*.array_record-*"):
+        reader = array_record_module.ArrayRecordReader(str(path))
+        records = reader.read_all()
+        reader.close()
+        assert records
+        for record in records:
+            assert tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True) == record
 
 
 def test_notice_names_every_package_and_licence() -> None:

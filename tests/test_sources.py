@@ -150,12 +150,6 @@ def test_tfds_opens_a_directory() -> None:
     assert open_source(f"tfds:{EMOJI}#{SMALL}")[0] == open_source(f"emoji:{SMALL}")[0]
 
 
-def test_open_source_caches_on_demand() -> None:
-    cached, plain = open_source(f"emoji:{SMALL}", cache=True), open_source(f"emoji:{SMALL}")
-    assert cached[3] is cached[3]
-    assert cached[3] == plain[3]
-
-
 def test_find_asset_prefers_a_path(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     assert find_asset(str(tmp_path / "x")) == tmp_path / "x"

@@ -27,7 +27,7 @@ from clip_jax.data.tokenizer import train_tokenizer
 from clip_jax.errors import DataError
 
 VERSION = "1.0.0"
-SEEN_STYLES = ("noto", "noto-v1", "twemoji", "emojione", "fxemoji")
+SEEN_STYLES = ("noto", "noto-v1", "twemoji", "emojione", "emojione-monotone", "fxemoji", "streamline-emojis")
 HELD_OUT_STYLES = ("fluent-emoji", "fluent-emoji-flat")
 HELD_OUT_CONCEPTS = 200
 VOCAB_SIZE = 4096
@@ -39,6 +39,14 @@ PACKAGES = {
     "@iconify-json/fxemoji": ("1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),
     "@iconify-json/twemoji": ("1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
     "@iconify-json/emojione": ("1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
+    "@iconify-json/emojione-monotone": (
+        "1.2.1",
+        "40b90004bafb406b59266155ef9b7e1dd67bf2947fc8db8d07388776f4d0d04e",
+    ),
+    "@iconify-json/streamline-emojis": (
+        "1.2.4",
+        "5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc",
+    ),
     "@iconify-json/fluent-emoji": (
         "1.2.7",
         "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
@@ -78,11 +86,12 @@ def download(cache: Path) -> Reader:
         path = cache / f"{package.lstrip('@').replace('/', '-')}-{version}.tgz"
         if not path.exists():
             logging.info("fetching %s %s", package, version)
-            done = subprocess.run(
-                ["npm", "pack", "--silent", f"{package}@{version}"], cwd=cache, capture_output=True, text=True
-            )
+            command = ["npm", "pack", "--loglevel=error", f"{package}@{version}"]  # --silent hides the reason
+            done = subprocess.run(command, cwd=cache, capture_output=True, text=True)
             if done.returncode:
-                raise DataError(f"npm pack {package}@{version} failed: {done.stderr.strip().splitlines()[-1:]}")
+                # The code and its explanation; after them npm gives advice and the path of its log.
+                reason = "; ".join(line.removeprefix("npm error ") for line in done.stderr.strip().splitlines()[:2])
+                raise DataError(f"npm pack {package}@{version} failed: {reason}")
         check_digest(path, package, sha256)
         tarballs[package] = path
 
@@ -281,5 +290,26 @@ def write_tfds(splits: Mapping[str, list[dict[str, Any]]], directory: Path, size
     shutil.rmtree(scratch, ignore_errors=True)
     builder = Emoji(data_dir=str(scratch), file_format="array_record")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(compute_stats="skip"))
+    for path in Path(builder.data_path).glob("*.array_record-*"):
+        sort_features(path)
     shutil.move(str(builder.data_path), directory)
     shutil.rmtree(scratch)
+
+
+def sort_features(path: Path) -> None:
+    """Rewrites an ArrayRecord file of examples with the features of each in the order of their names.
+
+    TFDS leaves their order to protobuf, whose maps have another one in every process: the same records would
+    be other bytes in each build.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    reader = ArrayRecordReader(str(path))
+    records = reader.read_all()
+    reader.close()
+    path.unlink()
+    writer = ArrayRecordWriter(str(path), "group_size:1")  # as TFDS writes them
+    for record in records:
+        writer.write(tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True))
+    writer.close()

@@ -1,0 +1,23 @@
+"""A small ViT CLIP on the embedded emoji.
+
+    python -m launch.train --config configs/clip/emoji_vit.py --workdir runs/emoji_vit
+
+`configs/clip/emoji_vit.py:debug` takes seconds.
+"""
+
+import ml_collections
+
+from configs.clip.common import clip_config, debug, emoji_data
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = clip_config("emoji-ViT")
+    emoji_data(config)
+    config.batch_size = 256
+    config.steps = 1200
+    config.log_every = 10
+    config.evaluate_every = 300
+    config.checkpoint_every = 100
+    config.optimizer.lr = 1e-3
+    config.optimizer.warmup_steps = 100
+    return debug(config, "debug-ViT") if arg == "debug" else config

@@ -1,0 +1,103 @@
+"""From nothing to a report: each stage is a command that can be run by itself.
+
+    python -m launch.quickstart [--workdir runs/quickstart] [--config configs/clip/quickstart.py]
+
+Run again, it goes on where it stopped, or says that all is done.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_jax.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command and how to tell that it need not run."""
+
+    name: str
+    arguments: tuple[str, ...]  # of `python -m`
+    is_done: Callable[[], bool]
+
+
+def stages(workdir: Path, config: str) -> list[Stage]:
+    clip = workdir / "clip"
+    return [
+        Stage("train", ("launch.train", "--config", config, "--workdir", str(clip)), lambda: is_trained(clip)),
+        Stage("evaluate", ("launch.evaluate", "--workdir", str(clip)), lambda: is_evaluated(clip)),
+        Stage("report", ("launch.report", "--workdir", str(workdir)), lambda: is_reported(workdir)),
+    ]
+
+
+def newest_step(run: Path) -> int:
+    """The step of a run's newest finished checkpoint; 0 where there is none."""
+    return max((int(p.parent.name) for p in run.glob("checkpoints/*/manifest.json")), default=0)
+
+
+def is_trained(run: Path) -> bool:
+    config = run / "config.json"
+    return config.exists() and newest_step(run) >= json.loads(config.read_text())["steps"]
+
+
+def is_evaluated(run: Path) -> bool:
+    results = run / "evaluation.json"
+    return results.exists() and int(json.loads(results.read_text())["checkpoint"]) == newest_step(run)
+
+
+def is_reported(workdir: Path) -> bool:
+    report, results = workdir / "report.html", workdir / "clip" / "evaluation.json"
+    return report.exists() and results.exists() and report.stat().st_mtime > results.stat().st_mtime
+
+
+def run(stage: Stage, seconds_file: Path) -> int:
+    """Runs a stage and adds its seconds to those of earlier, interrupted runs of it."""
+    start = time.perf_counter()
+    try:
+        return subprocess.run([sys.executable, "-m", *stage.arguments], check=False).returncode
+    finally:
+        seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
+        seconds[stage.name] = round(seconds.get(stage.name, 0) + time.perf_counter() - start, 1)
+        write_atomically(seconds_file, json.dumps(seconds, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m launch.quickstart", description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--config", default="configs/clip/quickstart.py", help="FILE or FILE:debug")
+    arguments = parser.parse_args(argv)
+    workdir: Path = arguments.workdir
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    todo = stages(workdir, arguments.config)
+    for number, stage in enumerate(todo, 1):
+        title = f"[{number}/{len(todo)}] {stage.name}"
+        if stage.is_done():
+            print(f"{title}: done", flush=True)
+            continue
+        print(f"{title}: python -m {shlex.join(stage.arguments)}", flush=True)
+        code = run(stage, workdir / "seconds.json")
+        if code:
+            sys.exit(f"{title}: stopped with exit code {code}; `make quickstart` goes on from here")
+    print_headline(json.loads((workdir / "summary.json").read_text())["clip"])
+    print(f"all done: {workdir / 'report.html'}")
+
+
+def print_headline(clip: dict) -> None:
+    for source, key, what in (
+        ("held_out_style", "top1", "top-1 of {classes} names, in a style never seen"),
+        ("held_out_style", "recall_at_5", "of names find their picture among the first 5, in that style"),
+        ("unseen_concepts", "top1", "top-1 of {classes} names never seen, in seen styles"),
+    ):
+        figures = clip[source]
+        print(f"{figures[key]:6.1%} {what.format(**figures)} (chance {figures['chance'][key]:.2%})")
+
+
+if __name__ == "__main__":
+    main()

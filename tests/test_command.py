@@ -1,0 +1,60 @@
+"""The command line: configs, overrides, and one clear line for what is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from clip_jax.errors import ConfigError
+from launch import command
+
+CONFIG = "configs/clip/quickstart.py"
+
+
+def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    nearest = {
+        "optimizer.ler": "optimizer.lr",
+        "batchsize": "batch_size",
+        "model.vision.widht": "model.vision.width",
+    }
+    for key, near in nearest.items():
+        with pytest.raises(SystemExit) as stop:
+            command.check_overrides(["train", "--config", CONFIG, f"--config.{key}=1"])
+        assert f"--config.{key}: {CONFIG} has no such key; did you mean --config.{near}?" in str(stop.value)
+
+
+def test_known_keys_pass() -> None:
+    command.check_overrides(["train", f"--config={CONFIG}:debug", "--config.optimizer.lr=1", "--config.init.vision=x"])
+
+
+def test_a_missing_config_is_named() -> None:
+    with pytest.raises(SystemExit, match="nowhere.py: no such file"):
+        command.check_overrides(["train", "--config", "nowhere.py", "--config.seed=1"])
+    with pytest.raises(ConfigError, match="no such file"):
+        command.load_config("nowhere.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["launch.train", "--config", CONFIG], "error: --workdir is missing: name a directory for the run"),
+        (["launch.train", "--workdir", "x"], "error: --config is missing: name a file such as"),
+        (["launch.train", "--config", f"{CONFIG}:debug", "--workdir", "x", "--config.steps=many"], "error: "),
+        (["launch.train", "--config", f"{CONFIG}:debug", "--workdir", "x", "--config.mesh.tensor=3"],
+         "error: mesh {'replica': 1, 'fsdp': -1, 'tensor': 3} needs 3 devices or a multiple; there are 8"),
+        (["launch.train", "--config", f"{CONFIG}:debug", "--workdir", "x", "--config.batch_size=12"],
+         "error: batch_size 12 is not divisible by the 8 data-parallel parts"),
+        (["launch.train", "--config", f"{CONFIG}:debug", "--workdir", "x", "--config.data.train=tfds:nowhere#train"],
+         "error: nowhere/dataset_info.json: not found; expected a TFDS data set"),
+        (["launch.evaluate", "--workdir", "nowhere"], "error: nowhere: no finished checkpoint there"),
+        (["launch.report", "--workdir", "nowhere"], "error: nowhere/clip/evaluation.json: not found; `python"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line(arguments: list[str], expected: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(expected), done.stderr[-1000:]
+    assert "Traceback" not in done.stderr
+    assert not (ROOT / "x").exists()

@@ -1,0 +1,148 @@
+"""Whole runs: killed and resumed to the same bits, stopped by what is wrong, on 1 and on 8 devices."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CACHE, ROOT
+
+CONFIG = "configs/clip/quickstart.py:debug"
+STEPS = 12
+RUN = ("--config.steps=12", "--config.checkpoint_every=3", "--config.optimizer.warmup_steps=2")
+MESH_OF_8 = ("--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+
+
+def environment(devices: int) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
+
+
+def command(workdir: Path, *flags: str, config: str = CONFIG) -> list[str]:
+    return [sys.executable, "-m", "launch.train", "--config", config, "--workdir", str(workdir), *flags]
+
+
+def train(workdir: Path, *flags: str, devices: int = 1, config: str = CONFIG) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(workdir, *flags, config=config), cwd=ROOT, env=environment(devices), capture_output=True, text=True
+    )
+
+
+def rows(workdir: Path) -> list[dict[str, float]]:
+    """Loss, gradient norm and temperature of every step, as written: float32 values survive JSON exactly."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    parsed = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{k: row[k] for k in ("step", "loss", "gradient_norm", "logit_scale")} for row in parsed if "loss" in row]
+
+
+def kill_after(workdir: Path, step: int, devices: int, *flags: str) -> None:
+    """SIGKILL as soon as a step is logged."""
+    with subprocess.Popen(
+        command(workdir, *flags),
+        cwd=ROOT,
+        env=environment(devices),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.time() + 300
+        while process.poll() is None and time.time() < deadline:
+            if any(row["step"] >= step for row in rows(workdir)):
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.005)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_killed_and_resumed_the_losses_are_the_same_bits(tmp_path: Path, devices: int) -> None:
+    flags = RUN + (MESH_OF_8 if devices == 8 else ())
+    whole = train(tmp_path / "whole", *flags, devices=devices)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    expected = rows(tmp_path / "whole")
+    assert [row["step"] for row in expected] == list(range(1, STEPS + 1))
+
+    killed = tmp_path / "killed"
+    kill_after(killed, 4, devices, *flags)
+    kill_after(killed, 7, devices, *flags)  # around the second checkpoint: finished or half-written
+    last = train(killed, *flags, devices=devices)
+    assert last.returncode == 0, last.stderr[-2000:]
+    assert "resuming at step" in last.stderr
+    assert rows(killed) == expected
+
+    again = train(killed, *flags, devices=devices)
+    assert again.returncode == 0 and f"all {STEPS} steps are done" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    done = train(tmp_path, *RUN, "--config.optimizer.lr=1e38", "--config.optimizer.clip_norm=0.0",
+                 "--config.optimizer.warmup_steps=7", "--config.checkpoint_every=1")  # fmt: skip
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: step ") and "training stopped, the last good checkpoint is" in line, line
+    assert "Traceback" not in done.stderr
+    kept = Path(line.rsplit(" ", 1)[1])
+    assert (kept / "manifest.json").is_file()
+    assert int(kept.name) < int(line.split("step ")[1].split(":")[0])
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_place_is_refused_what_does_not_fit(tmp_path: Path) -> None:
+    assert train(tmp_path).returncode == 0
+    other = train(tmp_path, "--config.optimizer.lr=0.5")
+    assert other.returncode == 1
+    assert "trained with another config: optimizer.lr is 0.002 there and 0.5 here" in other.stderr
+    assert train(tmp_path, "--config.log_every=7").returncode == 0  # nothing that is computed depends on it
+
+    (tmp_path / "config.json").unlink()
+    vit = train(tmp_path, config="configs/clip/emoji_vit.py:debug")
+    assert vit.returncode == 1
+    assert "error: " in vit.stderr.splitlines()[-1] and "a checkpoint of another architecture" in vit.stderr
+
+
+@pytest.mark.slow
+def test_a_tower_moves_into_a_new_run(tmp_path: Path) -> None:
+    import numpy as np
+
+    from clip_jax.training import checkpoint
+
+    assert train(tmp_path / "first").returncode == 0
+    second = train(tmp_path / "second", f"--config.init.vision={tmp_path / 'first'}", "--config.frozen=('vision/',)")
+    assert second.returncode == 0, second.stderr[-2000:]
+    a, b = (checkpoint.load(tmp_path / run, "params/vision/stem_conv1/kernel") for run in ("first", "second"))
+    np.testing.assert_array_equal(a, b)  # frozen, so it never changed
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Real jax.distributed: 2 processes of 4 devices give the losses of 1 process of 8."""
+    import socket
+
+    one = train(tmp_path / "one", *MESH_OF_8, devices=8)
+    assert one.returncode == 0, one.stderr[-2000:]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            command(tmp_path / "two", *MESH_OF_8),
+            cwd=ROOT,
+            env=environment(4)
+            | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors[-2000:]
+    for got, expected in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        for key, value in expected.items():
+            assert abs(got[key] - value) <= 1e-5 * abs(value), (key, got, expected)
