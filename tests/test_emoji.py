@@ -37,6 +37,11 @@ def data() -> list[dict[str, Any]]:
     return [{"hexcode": "1F1E6", "emoji": "🇦", "label": "regional indicator A"}, *reversed(entries)]
 
 
+def dot(i: int) -> str:
+    """What tells the drawings of one style apart."""
+    return f'<rect x="{4 * i}" y="0" width="4" height="2" fill="#000"/>'
+
+
 def read(package: str, member: str) -> Any:
     """What the packages would hold: by code points everywhere but in fxemoji, which goes by Unicode names."""
     heart = {"default": ["heart", "love", "red heart"]}
@@ -55,7 +60,7 @@ def read(package: str, member: str) -> Any:
     if style == "fxemoji":
         icons, characters = {"grinningface": {"body": body}, "redapple": {"body": "<g/>"}}, {}
     else:
-        icons = {name.replace(" ", "-"): {"body": body} for name in NAMES.values()}
+        icons = {name.replace(" ", "-"): {"body": body + dot(i)} for i, name in enumerate(NAMES.values())}
         characters = {code.lower(): name.replace(" ", "-") for code, name in NAMES.items()}
     if style == "emojione":
         del icons["red-heart"]
@@ -162,8 +167,23 @@ def test_examples_hold_out_styles_and_concepts(splits: dict[str, list[dict[str, 
         ("unseen_concepts_held_out_style", emoji.HELD_OUT_STYLES),
     ):
         assert {record["style"] for record in splits[name]} <= set(styles)
-    # 7 styles of 4, less emojione's heart, and of fxemoji's only the face: its apple is blank.
-    assert sum(map(len, splits.values())) == 6 * 4 - 1 + 1
+    # 9 styles of 4, less emojione's heart, and of fxemoji's only the face: its apple is blank.
+    assert sum(map(len, splits.values())) == 8 * 4 - 1 + 1
+
+
+def test_a_drawing_used_for_two_concepts_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resvg_py")
+    monkeypatch.setattr(emoji, "HELD_OUT_CONCEPTS", 1)
+
+    def ambiguous(package: str, member: str) -> Any:
+        found = read(package, member)
+        if (package, member) == ("@iconify-json/noto-v1", "icons.json"):
+            found["icons"]["red-heart"] = found["icons"]["grinning-face"]
+        return found
+
+    splits = emoji.examples(ambiguous, 16)
+    kept = [record["label"] for records in splits.values() for record in records if record["style"] == "noto-v1"]
+    assert len(kept) == 2 and not {"red heart", "grinning face"} & set(kept)
 
 
 def test_examples_are_small_webp_pictures(splits: dict[str, list[dict[str, Any]]]) -> None:
@@ -216,7 +236,7 @@ def test_notice_names_every_package_and_licence() -> None:
     for package, (version, _) in emoji.PACKAGES.items():
         assert f"{package} {version}" in notice
     licences = dict.fromkeys(("noto", "noto-v1", "fxemoji"), "Apache-2.0")
-    licences |= dict.fromkeys(("twemoji", "emojione"), "CC-BY-4.0")
+    licences |= dict.fromkeys(("twemoji", "emojione", "emojione-monotone", "streamline-emojis"), "CC-BY-4.0")
     licences |= dict.fromkeys(("fluent-emoji", "fluent-emoji-flat"), "MIT")
     assert set(licences) == {*emoji.SEEN_STYLES, *emoji.HELD_OUT_STYLES}
     for style, licence in licences.items():

@@ -5,6 +5,7 @@ emojibase and the Unicode CLDR; all of them pinned. Held out of training: every 
 and 200 concepts in all styles. A concept is one emoji without its skin tones.
 """
 
+import collections
 import functools
 import hashlib
 import io
@@ -205,22 +206,16 @@ def examples(read: Reader, size: int) -> dict[str, list[dict[str, Any]]]:
     splits: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("train", "held_out_style", "unseen_concepts", "unseen_concepts_held_out_style")
     }
-    blank = 0
+    pictures = {(style, code): encode(svg, size) for style in styles for code, svg in drawings[style].items()}
+    # A drawing that a style uses for several concepts says nothing of which, and could stand on both sides.
+    uses = collections.Counter((style, picture) for (style, _), picture in pictures.items())
+    left_out = 0
     for concept in wanted:
         for style in styles:
-            svg = drawings[style].get(concept.code)
-            if svg is None:
+            picture = pictures.get((style, concept.code))
+            if picture is None or uses[style, picture] > 1:
+                left_out += (style, concept.code) in pictures
                 continue
-            try:
-                picture = rasterise(svg, size)
-            except ValueError as error:
-                logging.warning("%s/%s: %s", style, concept.code, error)
-                picture = None
-            if picture is None:
-                blank += 1
-                continue
-            encoded = io.BytesIO()
-            picture.save(encoded, "WEBP", quality=80, method=6)
             new_style, new_concept = style in HELD_OUT_STYLES, concept.code in unseen
             split = ("train", "held_out_style", "unseen_concepts", "unseen_concepts_held_out_style")[
                 new_style + 2 * new_concept
@@ -228,7 +223,7 @@ def examples(read: Reader, size: int) -> dict[str, list[dict[str, Any]]]:
             splits[split].append(
                 {
                     "key": f"{style}/{concept.code}",
-                    "image": encoded.getvalue(),
+                    "image": picture,
                     "label": concept.label,
                     "keywords": list(concept.keywords),
                     "emoji": concept.emoji,
@@ -236,8 +231,22 @@ def examples(read: Reader, size: int) -> dict[str, list[dict[str, Any]]]:
                     "style": style,
                 }
             )
-    logging.info("%d drawings were blank or unreadable, and left out", blank)
+    logging.info("%d drawings left out: blank, unreadable, or used by their style for several concepts", left_out)
     return splits
+
+
+def encode(svg: str, size: int) -> bytes | None:
+    """A drawing as WebP; None for one that is blank or unreadable."""
+    try:
+        picture = rasterise(svg, size)
+    except ValueError as error:
+        logging.warning("a drawing is unreadable: %s", error)
+        return None
+    if picture is None:
+        return None
+    encoded = io.BytesIO()
+    picture.save(encoded, "WEBP", quality=80, method=6)
+    return encoded.getvalue()
 
 
 def build(output: Path, cache: Path, size: int = 48) -> dict[str, int]:
@@ -309,7 +318,7 @@ def sort_features(path: Path) -> None:
     records = reader.read_all()
     reader.close()
     path.unlink()
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # as TFDS writes them
+    writer = ArrayRecordWriter(str(path), "group_size:16")  # a quarter smaller than TFDS's own group_size:1
     for record in records:
         writer.write(tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True))
     writer.close()

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from clip_jax.errors import DataError
+from clip_jax.errors import ConfigError, DataError
 
 PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 
@@ -39,7 +39,12 @@ class Tokenizer:
             raise DataError(f"{path}: not a readable tokenizer.json ({str(error).splitlines()[0]})") from None
 
     def __call__(self, texts: str | Sequence[str], context_length: int) -> np.ndarray:
-        """[B, L] int32. A text that is too long is cut; its end token stays."""
+        """[B, L] int32. A text that is too long is cut; its end token stays.
+
+        Raises ConfigError where not even the start and the end token fit.
+        """
+        if context_length < 2:
+            raise ConfigError(f"context_length {context_length}: at least 2 expected, for the start and the end token")
         texts = [texts] if isinstance(texts, str) else list(texts)
         ids = np.full((len(texts), context_length), self.pad_id, np.int32)
         for row, encoding in zip(ids, self._backend.encode_batch([clean(t) for t in texts]), strict=True):

@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 _EMOJI_TEXT = dict(vocab_size=4096, context_length=12, width=128, layers=2, heads=4, end_id=4095)
 VARIANTS["emoji-RN"] = dict(
-    vision=dict(kind="resnet", image_size=48, width=16, layers=(1, 1, 1, 1), heads=8),
+    vision=dict(kind="resnet", image_size=32, width=16, layers=(1, 1, 1, 1), heads=8),
     text=_EMOJI_TEXT,
     embed_dim=256,
     activation="quick_gelu",

@@ -14,14 +14,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = clip_config("emoji-RN")
     emoji_data(config)
     config.batch_size = 256
-    config.steps = 800
+    config.steps = 1000
     config.log_every = 10
-    config.evaluate_every = 200
+    config.evaluate_every = 250
     config.checkpoint_every = 100
-    config.optimizer.lr = 2e-3
+    config.optimizer.lr = 3e-3
     config.optimizer.warmup_steps = 50
-    config.data.augment.scale = (0.6, 1.0)
-    config.data.augment.rotate = 10.0
-    config.data.augment.jitter = 0.3
+    config.data.augment.scale = (0.7, 1.0)
+    config.data.keyword_rate = 0.3
+    config.data.augment.rotate = 5.0
+    config.data.augment.jitter = 0.2
     config.data.augment.grayscale = 0.1
     return debug(config, "debug-RN") if arg == "debug" else config
