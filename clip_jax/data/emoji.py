@@ -318,7 +318,7 @@ def sort_features(path: Path) -> None:
     records = reader.read_all()
     reader.close()
     path.unlink()
-    writer = ArrayRecordWriter(str(path), "group_size:16")  # a quarter smaller than TFDS's own group_size:1
+    writer = ArrayRecordWriter(str(path), "group_size:1")  # as TFDS writes them
     for record in records:
         writer.write(tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True))
     writer.close()
