@@ -166,6 +166,12 @@ def test_only_so_many_are_kept(tmp_path: Path) -> None:
     assert checkpoint.metadata(checkpoint.latest(tmp_path))["step"] == 4
 
 
+def test_a_relative_directory_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, saved = save(Path("run"), sharding.make_mesh({}, jax.devices()[:1]))
+    assert digest(checkpoint.load("run", "params/vision")) == digest(saved.params["vision"])
+
+
 def test_a_failed_save_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> None:
         raise OSError("no space left on device")

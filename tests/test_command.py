@@ -48,13 +48,14 @@ def test_a_missing_config_is_named() -> None:
          "error: batch_size 12 is not divisible by the 8 data-parallel parts"),
         (["launch.train", "--config", f"{CONFIG}:debug", "--workdir", "x", "--config.data.train=tfds:nowhere#train"],
          "error: nowhere/dataset_info.json: not found; expected a TFDS data set"),
-        (["launch.evaluate", "--workdir", "nowhere"], "error: nowhere: no finished checkpoint there"),
+        (["launch.evaluate", "--workdir", "nowhere"], "nowhere: no finished checkpoint there"),
         (["launch.report", "--workdir", "nowhere"], "error: nowhere/clip/evaluation.json: not found; `python"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(arguments: list[str], expected: str) -> None:
     done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith(expected), done.stderr[-1000:]
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and expected in line, done.stderr[-1000:]
     assert "Traceback" not in done.stderr
     assert not (ROOT / "x").exists()

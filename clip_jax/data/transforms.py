@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageEnhance, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from clip_jax.errors import RecordError
 
@@ -20,8 +20,8 @@ MAX_PIXELS = 100_000_000
 class Augmentation:
     """What training changes in an image. The defaults are CLIP's: a random crop of 0.9–1.0 of the area.
 
-    `scale`: area of the crop; `ratio`: its aspect; `rotate`: degrees, either way; `jitter`: of brightness,
-    contrast and saturation, as a share; `grayscale`: probability.
+    `scale`: area of the crop; `ratio`: its aspect; `rotate`: degrees, either way; `jitter`: of brightness
+    and contrast, as a share; `grayscale`: probability.
     """
 
     scale: tuple[float, float] = (0.9, 1.0)
@@ -71,8 +71,9 @@ def training_image(image: Image.Image, size: int, augment: Augmentation, rng: np
     else:
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if augment.jitter:
-        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = enhance(image).enhance(1 + rng.uniform(-augment.jitter, augment.jitter))
+        brightness, contrast = 1 + rng.uniform(-augment.jitter, augment.jitter, size=2)
+        table = brightness * (128 + contrast * (np.arange(256) - 128))
+        image = image.point(np.clip(np.rint(table), 0, 255).astype(int).tolist() * 3)
     if augment.grayscale and rng.random() < augment.grayscale:
         image = image.convert("L").convert("RGB")
     return np.asarray(image, dtype=np.uint8)

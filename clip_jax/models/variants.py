@@ -40,13 +40,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 _EMOJI_TEXT = dict(vocab_size=4096, context_length=12, width=128, layers=2, heads=4, end_id=4095)
 VARIANTS["emoji-RN"] = dict(
-    vision=dict(kind="resnet", image_size=32, width=16, layers=(1, 1, 1, 1), heads=8),
+    # Three stages: a fourth would leave a single place to pool from.
+    vision=dict(kind="resnet", image_size=32, width=24, layers=(1, 1, 1), heads=6),
     text=_EMOJI_TEXT,
     embed_dim=256,
     activation="quick_gelu",
 )
 VARIANTS["emoji-ViT"] = dict(
-    vision=dict(kind="vit", image_size=48, patch_size=6, width=192, layers=6, heads=6),
+    vision=dict(kind="vit", image_size=48, patch_size=8, width=128, layers=4, heads=4),
     text=_EMOJI_TEXT,
     embed_dim=256,
     activation="quick_gelu",

@@ -57,7 +57,7 @@ class Checkpointer:
     """Saves a run's checkpoints under `directory` and finds the newest one that can be believed."""
 
     def __init__(self, directory: Path, keep: int):
-        self.directory, self._keep = directory, keep
+        self.directory, self._keep = directory.absolute(), keep  # Orbax refuses relative paths
         self._finishing: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -186,11 +186,14 @@ def latest(path: Path) -> Path:
 
     Raises CheckpointError where there is none.
     """
+    path = path.absolute()
     if (path / MANIFEST).is_file():
         return path
     steps = Checkpointer(path / "checkpoints", 0).steps()
     if not steps:
-        raise CheckpointError(f"{path}: no finished checkpoint there (expected {path}/checkpoints/<step>/{MANIFEST})")
+        raise CheckpointError(
+            f"{path.absolute()}: no finished checkpoint there (expected {path}/checkpoints/<step>/{MANIFEST})"
+        )
     return Checkpointer(path / "checkpoints", 0).path(steps[-1])
 
 

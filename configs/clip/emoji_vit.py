@@ -14,10 +14,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = clip_config("emoji-ViT")
     emoji_data(config)
     config.batch_size = 256
-    config.steps = 1200
+    config.steps = 800
     config.log_every = 10
-    config.evaluate_every = 300
+    config.evaluate_every = 200
     config.checkpoint_every = 100
-    config.optimizer.lr = 1e-3
-    config.optimizer.warmup_steps = 100
+    config.optimizer.lr = 2e-3
+    config.optimizer.warmup_steps = 50
+    config.data.keyword_rate = 0.3
+    config.data.augment.scale = (0.7, 1.0)
+    config.data.augment.jitter = 0.2
+    config.data.augment.grayscale = 0.1
     return debug(config, "debug-ViT") if arg == "debug" else config

@@ -14,15 +14,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = clip_config("emoji-RN")
     emoji_data(config)
     config.batch_size = 256
-    config.steps = 1000
+    config.steps = 900
     config.log_every = 10
-    config.evaluate_every = 250
+    config.evaluate_every = 225
     config.checkpoint_every = 100
     config.optimizer.lr = 3e-3
     config.optimizer.warmup_steps = 50
+    config.optimizer.b2 = 0.98  # in a run this short 0.999 remembers too long
     config.data.augment.scale = (0.7, 1.0)
-    config.data.keyword_rate = 0.3
-    config.data.augment.rotate = 5.0
+    config.data.keyword_rate = 0.2
     config.data.augment.jitter = 0.2
     config.data.augment.grayscale = 0.1
     return debug(config, "debug-RN") if arg == "debug" else config

@@ -1,0 +1,71 @@
+"""The whole quickstart at toy scale, as a new user runs it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CACHE, ROOT
+from test_training import CONFIG, environment
+
+from launch import quickstart
+
+
+def run(workdir: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.quickstart", "--config", CONFIG, "--workdir", str(workdir)],
+        cwd=ROOT, env=environment(1) | {"JAX_COMPILATION_CACHE_DIR": str(CACHE)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_quickstart_trains_evaluates_reports_and_knows_when_it_is_done(tmp_path: Path) -> None:
+    printed = run(tmp_path)
+    for stage in ("train", "evaluate", "report"):
+        assert re.search(rf"\[\d/3\] {stage}: python -m launch\.{stage} ", printed)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for source in ("held_out_style", "unseen_concepts", "unseen_concepts_held_out_style"):
+        figures = summary["clip"][source]
+        for key in ("top1", "top5", "recall_at_5", "image_to_text_recall_at_5"):
+            assert 0 <= figures[key] <= 1 and 0 < figures["chance"][key] < 0.1, (source, key)
+    assert set(summary["seconds"]) == {"train", "evaluate", "report", "total"}
+    assert summary["clip"]["training"]["steps"] == 4
+
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert page.count("data:image/webp;base64,") > 50 and "data:image/png;base64," in page
+    assert f"{100 * summary['clip']['held_out_style']['top1']:.1f} %" in page
+    assert len(page) < 3_000_000
+
+    trained = (tmp_path / "clip" / "metrics.jsonl").stat().st_mtime_ns
+    again = run(tmp_path)
+    assert "[1/3] train: done\n[2/3] evaluate: done\n[3/3] report: done" in again and "all done" in again
+    assert (tmp_path / "clip" / "metrics.jsonl").stat().st_mtime_ns == trained
+
+    (tmp_path / "report.html").unlink()
+    third = run(tmp_path)
+    assert "[2/3] evaluate: done" in third and "[3/3] report: python -m launch.report" in third
+    assert json.loads((tmp_path / "summary.json").read_text())["clip"] == summary["clip"]
+
+
+def test_seconds_add_up_over_interrupted_runs(tmp_path: Path) -> None:
+    seconds = tmp_path / "seconds.json"
+    stage = quickstart.Stage("train", ("this_module_does_not_exist",), lambda: False)
+    assert quickstart.run(stage, seconds) != 0
+    first = json.loads(seconds.read_text())["train"]
+    seconds.write_text('{"train": 100.0, "evaluate": 5.0}')
+    quickstart.run(stage, seconds)
+    now = json.loads(seconds.read_text())
+    assert first >= 0 and now["train"] >= 100.0 and now["evaluate"] == 5.0
+
+
+def test_an_unfinished_checkpoint_is_no_training(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"steps": 4}')
+    (tmp_path / "checkpoints" / "00000004").mkdir(parents=True)
+    assert not quickstart.is_trained(tmp_path)
+    (tmp_path / "checkpoints" / "00000004" / "manifest.json").write_text("{}")
+    assert quickstart.is_trained(tmp_path)
