@@ -32,7 +32,7 @@ def test_the_quickstart_trains_evaluates_reports_and_knows_when_it_is_done(tmp_p
         figures = summary["clip"][source]
         for key in ("top1", "top5", "recall_at_5", "image_to_text_recall_at_5"):
             assert 0 <= figures[key] <= 1 and 0 < figures["chance"][key] < 0.1, (source, key)
-    assert set(summary["seconds"]) == {"train", "evaluate", "report", "total"}
+    assert {"train", "evaluate", "total"} <= set(summary["seconds"])  # the report's own are not over yet
     assert summary["clip"]["training"]["steps"] == 4
 
     page = (tmp_path / "report.html").read_text()

@@ -231,6 +231,9 @@ def examples(read: Reader, size: int) -> dict[str, list[dict[str, Any]]]:
                     "style": style,
                 }
             )
+    # Classified among all of them, so only in the styles that draw them all: others draw the older ones.
+    drawn = collections.Counter(record["style"] for record in splits["unseen_concepts"])
+    splits["unseen_concepts"] = [r for r in splits["unseen_concepts"] if drawn[r["style"]] == len(unseen)]
     logging.info("%d drawings left out: blank, unreadable, or used by their style for several concepts", left_out)
     return splits
 
