@@ -1,0 +1,143 @@
+"""Flamingo (arXiv 2204.14198 §2): a frozen vision tower and a frozen language model, joined by a resampler and by
+gated cross-attention before the language model's blocks 0, n, 2n, … Dimension letters: see `layers.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from clip_jax.models.layers import Array, normal
+from flamingo_jax.models.gated_attention import GatedCrossAttention, KeyValue
+from flamingo_jax.models.language_model import Cache, LanguageModel, causal_mask, positions, run_blocks
+from flamingo_jax.models.resampler import PerceiverResampler
+
+
+class Flamingo(nn.Module):
+    """Batch → logits [B, L, V + extra_tokens], float32.
+
+    A batch holds `media` [B, T, F, S, S, 3] (T images or clips of F frames, normalised), `frame_mask` [B, T, F],
+    `text` [B, L], `text_mask` [B, L] and `media_mask` [B, L, T]: which images a token attends. The model makes
+    none of these masks itself. Ids from the language model's vocabulary size on are the extra tokens, trained.
+    """
+
+    vision: nn.Module
+    resampler: PerceiverResampler
+    language_model: LanguageModel
+    interval: int
+    heads: int
+    head_size: int
+    extra_tokens: int = 1
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        width = self.language_model.width
+        self.gated = nn.scan(
+            GatedCrossAttention,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=-(-self.language_model.layers // self.interval),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(**self._gated_fields())
+        self.extra_embedding_ExD = self.param(
+            "extra_embedding", normal(0.02, None, "embed"), (self.extra_tokens, width)
+        )
+        self.extra_head_ExD = self.param("extra_head", normal(0.02, None, "embed"), (self.extra_tokens, width))
+
+    def _gated_fields(self) -> dict[str, Any]:
+        width = self.language_model.width
+        return dict(
+            width=width,
+            heads=self.heads,
+            head_size=self.head_size,
+            mlp_width=4 * width,
+            media_width=self.resampler.width,
+            dtype=self.dtype,
+        )
+
+    def __call__(self, batch: Mapping[str, Array]) -> Array:
+        media = self.see(batch["media"], batch["frame_mask"])
+        text_mask = batch["text_mask"]
+        x, _ = self.read(
+            self.embed(batch["text"]), positions(text_mask), causal_mask(text_mask), media, batch["media_mask"]
+        )
+        return self.logits(x)
+
+    def see(self, media_BxTxFxSxSx3: Array, frame_mask_BxTxF: Array) -> Array:
+        """The images as tokens for the language model, R for each. [B, T·R, C]."""
+        B, T, F, *image = media_BxTxFxSxSx3.shape
+        _, tokens = self.vision(media_BxTxFxSxSx3.reshape(B * T * F, *image))
+        features = tokens.reshape(B * T, F, *tokens.shape[1:])
+        latents = self.resampler(features, frame_mask_BxTxF.reshape(B * T, F))
+        return latents.reshape(B, T * latents.shape[1], latents.shape[2])
+
+    def embed(self, text_BxL: Array) -> Array:
+        V = self.language_model.vocab_size
+        known = self.language_model.embed(jnp.minimum(text_BxL, V - 1))
+        extra = self.extra_embedding_ExD.astype(self.dtype)[jnp.maximum(text_BxL - V, 0)]
+        return jnp.where(text_BxL[..., None] < V, known, extra)
+
+    def logits(self, x_BxLxD: Array) -> Array:
+        """The language model's own logits, then those of the extra tokens."""
+        known, normed = self.language_model.logits(x_BxLxD)
+        extra = jnp.einsum(
+            "BLD,ED->BLE", normed, self.extra_head_ExD.astype(self.dtype), preferred_element_type=known.dtype
+        )
+        return jnp.concatenate([known, extra], axis=-1)
+
+    def keys_values(self, media_BxSxC: Array) -> KeyValue:
+        """Keys and values of every gated block, stacked: what generation computes once."""
+        block = GatedCrossAttention(**self._gated_fields(), parent=None)
+        return jax.lax.map(
+            lambda params: block.apply({"params": params}, media_BxSxC, method=block.keys_values),
+            self.variables["params"]["gated"],
+        )
+
+    def read(
+        self, x_BxLxD: Array, position_BxL: Array, mask_BxLxS: Array, media_BxMxC: Array | KeyValue,
+        media_mask_BxLxT: Array, cache: Cache | None = None, start: Any = 0,
+    ) -> tuple[Array, Cache]:  # fmt: skip
+        """The language model's blocks with the gated ones between: (x, keys and values of its self-attention).
+
+        `media` is what `see` returned, or what `keys_values` made of it.
+        """
+        seen = jnp.repeat(media_mask_BxLxT, self.resampler.latents, axis=2)
+        if self.is_initializing():
+            x, _ = self.gated(x_BxLxD, media_BxMxC, seen)
+            x, kept = self.language_model.blocks(x, position_BxL, mask_BxLxS)
+            return x, kept
+
+        gated_block = GatedCrossAttention(**self._gated_fields(), parent=None)
+        block, n = self.language_model.block(), self.interval
+        made = media_BxMxC if isinstance(media_BxMxC, tuple) else None
+
+        def group(x: Array, inputs: Any) -> tuple[Array, Cache]:
+            """A gated block and the n blocks of the language model that it stands before."""
+            gated, blocks, key_value, kept = inputs
+            x, _ = gated_block.apply({"params": gated}, x, media_BxMxC if made is None else key_value, seen)
+            return run_blocks(block, blocks, x, position_BxL, mask_BxLxS, kept, start)
+
+        gated, blocks = self.variables["params"]["gated"], self.language_model.variables["params"]["blocks"]
+        whole = self.language_model.layers // n
+
+        def groups(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x[: whole * n].reshape(whole, n, *x.shape[1:]), tree)
+
+        def first(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x[:whole], tree)
+
+        step = jax.checkpoint(group) if self.remat else group
+        x, kept = jax.lax.scan(step, x_BxLxD, (first(gated), groups(blocks), first(made), groups(cache)))
+        kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
+        if self.language_model.layers % n:  # the last group is shorter
+            rest = (
+                jax.tree.map(lambda x: x[whole], (gated, made)),
+                jax.tree.map(lambda x: x[whole * n :], (blocks, cache)),
+            )
+            x, more = step(x, (rest[0][0], rest[1][0], rest[0][1], rest[1][1]))
+            kept = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), kept, more)
+        return x, kept
