@@ -22,6 +22,15 @@ _reported: set[str] = set()
 
 
 @dataclass(frozen=True)
+class Stream:
+    """One data set of a task's mixture: the example at every position, how many a step draws, its loss's weight."""
+
+    element: Callable[[int], Element]
+    batch_size: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class PairElements:
     """The training example at a position: image uint8 [S, S, 3], text int32 [L], `rejected` (a count).
 

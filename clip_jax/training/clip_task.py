@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from clip_jax import sharding
 from clip_jax.data import transforms
 from clip_jax.data.order import Order, group_by
-from clip_jax.data.pipeline import Element, PairElements
+from clip_jax.data.pipeline import PairElements, Stream
 from clip_jax.data.sources import find_asset, open_source, texts_of
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import ConfigError
@@ -52,8 +52,8 @@ class ClipTask:
             cache=config.data.cache,
         )
 
-    def element(self, position: int) -> Element:
-        return self.element_of(position)
+    def streams(self) -> Mapping[str, Stream]:
+        return {"pairs": Stream(self.element_of, self.config.batch_size)}
 
     def init(self, rng: jax.Array) -> tuple[PyTree, PyTree]:
         size = self.config.model.vision.image_size
