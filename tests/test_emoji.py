@@ -1,6 +1,5 @@
 """The builder of the embedded data set, on a few invented drawings."""
 
-import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from clip_jax.data import emoji
 from clip_jax.data.sources import ASSETS, TfdsSource
-from clip_jax.errors import DataError
 
 CIRCLE = '<circle cx="8" cy="8" r="6" fill="#c00"/>'
 SQUARE = '<path fill="#00c" d="M3 3h10v10H3z"/>'
@@ -72,30 +70,6 @@ def splits(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
     pytest.importorskip("resvg_py")
     monkeypatch.setattr(emoji, "HELD_OUT_CONCEPTS", 1)
     return emoji.examples(read, 16)
-
-
-def test_digest_mismatch_names_both(tmp_path: Path) -> None:
-    path = tmp_path / "package.tgz"
-    path.write_bytes(b"content")
-    found = hashlib.sha256(b"content").hexdigest()
-    emoji.check_digest(path, "package", found)
-    with pytest.raises(DataError, match=f"package.tgz .*{found}, expected {'0' * 64}"):
-        emoji.check_digest(path, "package", "0" * 64)
-
-
-def test_download_without_npm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DataError, match="npm: not found"):
-        emoji.download(tmp_path / "cache")
-
-
-def test_failure_of_npm_is_one_line_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    npm = tmp_path / "npm"
-    npm.write_text("#!/bin/sh\nprintf 'npm error code E1\\nnpm error not there\\nnpm error a log\\n' >&2\nexit 1\n")
-    npm.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with pytest.raises(DataError, match=r"^npm pack @iconify-json/noto@1\.2\.9 failed: code E1; not there$"):
-        emoji.download(tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -201,7 +175,7 @@ def test_examples_are_deterministic(splits: dict[str, list[dict[str, Any]]]) -> 
 def test_written_records_are_read_back_in_order(splits: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     directory = tmp_path / "emoji" / emoji.VERSION
     for _ in range(2):  # the second time over the first
-        emoji.write_tfds(splits, directory, 16)
+        emoji.write(splits, directory, 16)
     for name, records in splits.items():
         source = TfdsSource(directory, name)
         assert len(source) == len(records)
@@ -218,7 +192,7 @@ def test_written_files_are_the_same_bytes_in_every_build(
 ) -> None:
     builds = [tmp_path / name / emoji.VERSION for name in ("one", "two")]
     for directory in builds:
-        emoji.write_tfds(splits, directory, 16)
+        emoji.write(splits, directory, 16)
     one, two = ({path.name: path.read_bytes() for path in directory.iterdir()} for directory in builds)
     assert one == two
     # One process has one order of protobuf's maps, so that alone would hold by chance: look at the order too.

@@ -12,11 +12,8 @@ import io
 import json
 import logging
 import re
-import shutil
-import subprocess
-import tarfile
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clip_jax.data import packages
 from clip_jax.data.tokenizer import train_tokenizer
-from clip_jax.errors import DataError
+from clip_jax.data.writing import write_tfds
 
 VERSION = "1.0.0"
 SEEN_STYLES = ("noto", "noto-v1", "twemoji", "emojione", "emojione-monotone", "fxemoji", "streamline-emojis")
@@ -74,44 +72,15 @@ class Concept:
     group: str
 
 
-def download(cache: Path) -> Reader:
-    """Fetches every package with the npm client, checks its digest, and returns a reader of its JSON files.
-
-    Raises DataError where npm is missing or fails, or a digest is another.
-    """
-    if shutil.which("npm") is None:
-        raise DataError("npm: not found; `launch.prepare emoji` fetches the pinned packages with it")
-    cache.mkdir(parents=True, exist_ok=True)
-    tarballs = {}
-    for package, (version, sha256) in PACKAGES.items():
-        path = cache / f"{package.lstrip('@').replace('/', '-')}-{version}.tgz"
-        if not path.exists():
-            logging.info("fetching %s %s", package, version)
-            command = ["npm", "pack", "--loglevel=error", f"{package}@{version}"]  # --silent hides the reason
-            done = subprocess.run(command, cwd=cache, capture_output=True, text=True)
-            if done.returncode:
-                # The code and its explanation; after them npm gives advice and the path of its log.
-                reason = "; ".join(line.removeprefix("npm error ") for line in done.stderr.strip().splitlines()[:2])
-                raise DataError(f"npm pack {package}@{version} failed: {reason}")
-        check_digest(path, package, sha256)
-        tarballs[package] = path
+def reader(cache: Path) -> Reader:
+    """Fetches every package and returns a reader of its JSON files. Raises as `packages.download` does."""
+    tarballs = packages.download(PACKAGES, cache)
 
     @functools.cache
     def read(package: str, member: str) -> Any:
-        with tarfile.open(tarballs[package]) as tar:
-            file = tar.extractfile(f"package/{member}")
-            if file is None:
-                raise DataError(f"{tarballs[package]}: no file {member}")
-            return json.load(file)
+        return json.loads(packages.read_member(tarballs[package], member))
 
     return read
-
-
-def check_digest(path: Path, package: str, sha256: str) -> None:
-    """Raises DataError, naming both digests, where a file is not the pinned one."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise DataError(f"{path} ({package}): sha256 {found}, expected {sha256}")
 
 
 def canonical(code: str) -> str:
@@ -254,74 +223,33 @@ def encode(svg: str, size: int) -> bytes | None:
 
 def build(output: Path, cache: Path, size: int = 48) -> dict[str, int]:
     """Writes `output`/VERSION (a TFDS data set) and `output`/tokenizer.json; returns the splits' sizes."""
-    splits = examples(download(cache), size)
-    write_tfds(splits, output / VERSION, size)
+    splits = examples(reader(cache), size)
+    write(splits, output / VERSION, size)
     texts = [text for record in splits["train"] for text in (record["label"], *record["keywords"])]
     train_tokenizer(texts, VOCAB_SIZE).save(output / "tokenizer.json")
     return {name: len(records) for name, records in splits.items()}
 
 
-def write_tfds(splits: Mapping[str, list[dict[str, Any]]], directory: Path, size: int) -> None:
-    """Writes records in their order as ArrayRecord files with TFDS's metadata, without TensorFlow."""
+def write(splits: Mapping[str, list[dict[str, Any]]], directory: Path, size: int) -> None:
+    """Writes records in their order as a TFDS data set."""
     import tensorflow_datasets as tfds
 
-    with tfds.core.registered.skip_registration():  # so that it can be called again
-
-        class Emoji(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version(VERSION)
-            name = "emoji"
-
-            def _info(self) -> Any:
-                text = tfds.features.Text()
-                return tfds.core.DatasetInfo(
-                    builder=self,
-                    description="Emoji in many styles with their names and keywords. See NOTICE beside it.",
-                    features=tfds.features.FeaturesDict(
-                        {
-                            "key": text,
-                            "image": tfds.features.Image(shape=(size, size, 3)),
-                            "label": text,
-                            "keywords": tfds.features.Sequence(text),
-                            "emoji": text,
-                            "group": text,
-                            "style": text,
-                        }
-                    ),
-                    disable_shuffling=True,
-                )
-
-            def _split_generators(self, _: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-                return {name: self._generate_examples(records) for name, records in splits.items()}
-
-            def _generate_examples(self, records: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-                for i, record in enumerate(records):
-                    yield i, record | {"image": io.BytesIO(record["image"])}
-
-    shutil.rmtree(directory, ignore_errors=True)
-    scratch = directory.parent / ".building"
-    shutil.rmtree(scratch, ignore_errors=True)
-    builder = Emoji(data_dir=str(scratch), file_format="array_record")
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(compute_stats="skip"))
-    for path in Path(builder.data_path).glob("*.array_record-*"):
-        sort_features(path)
-    shutil.move(str(builder.data_path), directory)
-    shutil.rmtree(scratch)
-
-
-def sort_features(path: Path) -> None:
-    """Rewrites an ArrayRecord file of examples with the features of each in the order of their names.
-
-    TFDS leaves their order to protobuf, whose maps have another one in every process: the same records would
-    be other bytes in each build.
-    """
-    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    reader = ArrayRecordReader(str(path))
-    records = reader.read_all()
-    reader.close()
-    path.unlink()
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # as TFDS writes them
-    for record in records:
-        writer.write(tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True))
-    writer.close()
+    text = tfds.features.Text()
+    write_tfds(
+        {
+            name: [record | {"image": io.BytesIO(record["image"])} for record in records]
+            for name, records in splits.items()
+        },
+        directory,
+        "emoji",
+        {
+            "key": text,
+            "image": tfds.features.Image(shape=(size, size, 3)),
+            "label": text,
+            "keywords": tfds.features.Sequence(text),
+            "emoji": text,
+            "group": text,
+            "style": text,
+        },
+        "Emoji in many styles with their names and keywords. See NOTICE beside it.",
+    )

@@ -4,7 +4,7 @@ A source is named by `KIND:WHERE`; `open_source` opens it. To add a kind, write 
 `__getitem__` and enter it in `SOURCES`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex
@@ -37,16 +37,16 @@ class PairSource(Protocol):
     def __getitem__(self, index: SupportsIndex) -> Pair: ...
 
 
-class TfdsSource:
-    """A split of a TFDS data set on disk (ArrayRecord files), read without TensorFlow.
+class TfdsRecords:
+    """The records of a split of a TFDS data set on disk (ArrayRecord files), read without TensorFlow.
 
-    `image` is an Image feature; the text is the first of the features `text`, `caption` and `label` that
-    there is; `keywords`, `group`, `style` and `key` are taken where they exist.
+    `expected` names the features that are needed, each as one or as several of which the first there is counts;
+    `found` are those names. Image features stay encoded.
 
     Raises DataError where the directory is missing, half-written, or has no such split or feature.
     """
 
-    def __init__(self, directory: str | Path, split: str):
+    def __init__(self, directory: str | Path, split: str, expected: Sequence[Sequence[str]]):
         import tensorflow_datasets as tfds
 
         self.directory, self.split = Path(directory), split
@@ -63,17 +63,16 @@ class TfdsSource:
             raise DataError(f"{self.directory}: not a readable TFDS data set: {_first_line(error)}") from None
         if split not in splits:
             raise DataError(f"{self.directory}: no split {split!r}; expected one of {', '.join(sorted(splits))}")
-        self._text = next((name for name in ("text", "caption", "label") if name in features), None)
-        if "image" not in features or self._text is None:
-            raise DataError(
-                f"{self.directory}: features {', '.join(sorted(features))}; expected image and one of "
-                f"text, caption, label"
-            )
+        self.found = [next((name for name in names if name in features), "") for names in expected]
+        if not all(self.found):
+            wanted = " and ".join(("one of " if len(names) > 1 else "") + ", ".join(names) for names in expected)
+            raise DataError(f"{self.directory}: features {', '.join(sorted(features))}; expected {wanted}")
         for path, length in zip(splits[split].filepaths, splits[split].shard_lengths, strict=True):
             _check_shard(Path(path), length)
         try:
             # Images stay encoded: a decoder that meets a bad one should not end the run.
-            self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+            images = (name for name, feature in features.items() if isinstance(feature, tfds.features.Image))
+            self._records = builder.as_data_source(split, decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()))
             if len(self._records):
                 self._records[len(self._records) - 1]  # the last record is what a cut-off file lacks
         except Exception as error:  # the reader is C++ and raises bare RuntimeErrors among others
@@ -84,15 +83,34 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: SupportsIndex) -> Pair:
+    def __getitem__(self, index: SupportsIndex) -> Mapping[str, Any]:
+        """The record's features, texts as bytes. Raises RecordError where its checksum is wrong."""
         try:
-            example = self._records[index]
-        except RuntimeError as error:  # a chunk whose checksum is wrong
+            return self._records[index]
+        except RuntimeError as error:
             raise RecordError(f"{self.directory}: {self.split}/{index}: {_first_line(error)}") from None
+
+
+class TfdsSource:
+    """Pairs from a split of a TFDS data set.
+
+    `image` is an Image feature; the text is the first of the features `text`, `caption` and `label` that
+    there is; `keywords`, `group`, `style` and `key` are taken where they exist. Raises as TfdsRecords does.
+    """
+
+    def __init__(self, directory: str | Path, split: str):
+        self._records = TfdsRecords(directory, split, (("image",), ("text", "caption", "label")))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: SupportsIndex) -> Pair:
+        example = self._records[index]
+        image, text = self._records.found
         return Pair(
-            key=_string(example.get("key", f"{self.split}/{index}")),
-            image=example["image"],
-            text=_string(example[self._text]),
+            key=_string(example.get("key", f"{self._records.split}/{index}")),
+            image=example[image],
+            text=_string(example[text]),
             keywords=tuple(map(_string, example.get("keywords", ()))),
             group=_string(example.get("group", "")),
             style=_string(example.get("style", "")),

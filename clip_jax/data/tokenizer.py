@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import tokenizers
@@ -15,19 +16,16 @@ from clip_jax.errors import ConfigError, DataError
 PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 
 
-class Tokenizer:
-    """Start token, ids, end token, padding. The padding is id 0 and the end the highest id, so that both
-    OpenAI's rule (pool at the highest id) and a search for the end token find the same place.
-    """
+class TokenizerFile:
+    """What every tokenizer here is: a tokenizer.json that can be read, written and told from another."""
 
     def __init__(self, backend: Backend):
         self._backend = backend
         backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
         self.vocab_size = backend.get_vocab_size()
-        self.pad_id, self.start_id, self.end_id = (self._special(token) for token in (PAD, START, END))
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Tokenizer":
+    def from_file(cls, path: str | Path) -> Self:
         """Reads a tokenizer.json. Raises DataError, naming the file, where it is missing or is none."""
         if not Path(path).is_file():
             raise DataError(f"{path}: not found; expected a tokenizer.json")
@@ -37,6 +35,32 @@ class Tokenizer:
             raise DataError(f"{path}: {error}") from None
         except Exception as error:  # what the library raises is a bare Exception
             raise DataError(f"{path}: not a readable tokenizer.json ({str(error).splitlines()[0]})") from None
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self._canonical() + "\n")
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: whether two tokenizers are the same."""
+        return hashlib.sha256(self._canonical().encode()).hexdigest()
+
+    def _canonical(self) -> str:
+        return json.dumps(json.loads(self._backend.to_str()), ensure_ascii=False, sort_keys=True, indent=0)
+
+    def _special(self, token: str) -> int:
+        index = self._backend.token_to_id(token)
+        if index is None:
+            raise DataError(f"no token {token} in the vocabulary")
+        return index
+
+
+class Tokenizer(TokenizerFile):
+    """Start token, ids, end token, padding. The padding is id 0 and the end the highest id, so that both
+    OpenAI's rule (pool at the highest id) and a search for the end token find the same place.
+    """
+
+    def __init__(self, backend: Backend):
+        super().__init__(backend)
+        self.pad_id, self.start_id, self.end_id = (self._special(token) for token in (PAD, START, END))
 
     def __call__(self, texts: str | Sequence[str], context_length: int) -> np.ndarray:
         """[B, L] int32. A text that is too long is cut; its end token stays.
@@ -55,22 +79,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without the special tokens."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(self._canonical() + "\n")
-
-    def digest(self) -> str:
-        """sha256 of the canonical JSON: whether two tokenizers are the same."""
-        return hashlib.sha256(self._canonical().encode()).hexdigest()
-
-    def _canonical(self) -> str:
-        return json.dumps(json.loads(self._backend.to_str()), ensure_ascii=False, sort_keys=True, indent=0)
-
-    def _special(self, token: str) -> int:
-        index = self._backend.token_to_id(token)
-        if index is None:
-            raise DataError(f"no token {token} in the vocabulary")
-        return index
 
 
 def clean(text: str) -> str:
