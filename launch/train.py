@@ -29,7 +29,15 @@ def build_task(config: ml_collections.ConfigDict, mesh: Mesh) -> Task:
         from clip_jax.training.clip_task import ClipTask
 
         return ClipTask(config, mesh)
-    raise ConfigError(f"task {config.task!r}: expected clip")
+    if config.task == "language_model":
+        from flamingo_jax.training.language_model_task import LanguageModelTask
+
+        return LanguageModelTask(config, mesh)
+    if config.task == "flamingo":
+        from flamingo_jax.training.flamingo_task import FlamingoTask
+
+        return FlamingoTask(config, mesh)
+    raise ConfigError(f"task {config.task!r}: expected clip, language_model or flamingo")
 
 
 def main(config: ml_collections.ConfigDict) -> Any:

@@ -43,9 +43,7 @@ class Draws:
     order: Order
     cache: dict[int, tuple[Pair, Image.Image]] | None = None
 
-    def __call__(
-        self, position: int, use: Callable[[Pair, Image.Image], T]
-    ) -> tuple[T, int, np.random.Generator]:
+    def __call__(self, position: int, use: Callable[[Pair, Image.Image], T]) -> tuple[T, int, np.random.Generator]:
         """(what `use` makes of the record, bad records replaced, a generator of this position's own).
 
         `use` may raise RecordError, too. Raises DataError after MAX_ATTEMPTS bad records.

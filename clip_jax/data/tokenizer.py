@@ -25,12 +25,15 @@ class TokenizerFile:
         self.vocab_size = backend.get_vocab_size()
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
-        """Reads a tokenizer.json. Raises DataError, naming the file, where it is missing or is none."""
+    def from_file(cls, path: str | Path, **names: str) -> Self:
+        """Reads a tokenizer.json; `names` are those of special tokens, where the class asks for any.
+
+        Raises DataError, naming the file, where it is missing or is none.
+        """
         if not Path(path).is_file():
             raise DataError(f"{path}: not found; expected a tokenizer.json")
         try:
-            return cls(Backend.from_file(str(path)))
+            return cls(Backend.from_file(str(path)), **names)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
         except Exception as error:  # what the library raises is a bare Exception

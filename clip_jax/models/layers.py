@@ -42,7 +42,7 @@ def ones(*names: str | None) -> Callable:
     return nn.with_logical_partitioning(nn.initializers.ones_init(), names)
 
 
-def layer_norm(name: str, dtype: Dtype) -> nn.LayerNorm:
+def layer_norm(name: str | None, dtype: Dtype) -> nn.LayerNorm:
     """LayerNorm with the peers' epsilon (Flax's default is 1e-6); statistics in float32 or wider.
 
     The two-pass variance costs little and does not cancel where the mean is large.

@@ -105,7 +105,8 @@ def train_step_fn(task: Task, optimizer: optax.GradientTransformation, seed: int
             return weights[name] * loss, ({"loss": loss} | metrics, new)
 
         gradients = jax.tree.map(jnp.zeros_like, state.trainable)
-        total, model_state, metrics = jnp.zeros(()), state.model_state, {}
+        total, model_state = jnp.zeros(()), state.model_state
+        metrics: Metrics = {}
         for number, name in enumerate(weights):
             key = jax.random.fold_in(rng, number)
             (loss, (shown, model_state)), part = jax.value_and_grad(weighted_loss, has_aux=True)(

@@ -105,7 +105,8 @@ def encode(
     Raises:
       RecordError, naming `key`: more images, frames or tokens than `shape` has room for.
     """
-    ids, learned, places = [tokenizer.bos_id], [False], []
+    ids, learned = [tokenizer.bos_id], [False]
+    places: list[int] = []
     media = np.zeros((shape.images, shape.frames, shape.image_size, shape.image_size, 3), np.uint8)
     frame_mask = np.zeros((shape.images, shape.frames), bool)
     last_learned = False

@@ -74,10 +74,10 @@ class EmojiDocuments:
         make: Callable[[int, np.random.Generator], tuple[Document, int]] = getattr(self, f"_{self.kind}")
         document, rejected = make(position, rng)
         element = encode(document, self.tokenizer, self.shape, self.end_id, key=f"{self.kind} {position}")
-        return element | {"rejected": np.int32(rejected)}
+        return element | {"rejected": np.array(rejected, np.int32)}
 
     def _pages(self, position: int, rng: np.random.Generator) -> tuple[Document, int]:
-        task = self.tasks[rng.integers(len(self.tasks))]
+        task = self.tasks[int(rng.integers(len(self.tasks)))]
         shots, rejected = [], 0
         for place in range(self.shape.images):
             shot, bad = self._shot(task, position * self.shape.images + place)

@@ -45,7 +45,9 @@ def colour_of(r: int, g: int, b: int) -> str:
 
 
 # 16 steps a channel are as fine as the names are.
-_TABLE = np.array([colour_of(16 * r + 8, 16 * g + 8, 16 * b + 8) for r in range(16) for g in range(16) for b in range(16)])
+_TABLE = np.array(
+    [colour_of(16 * r + 8, 16 * g + 8, 16 * b + 8) for r in range(16) for g in range(16) for b in range(16)]
+)
 
 
 def main_colour(image: np.ndarray) -> str | None:

@@ -9,8 +9,7 @@ from typing import Protocol, SupportsIndex
 
 from clip_jax.data.sources import TfdsRecords
 from clip_jax.errors import DataError
-
-ASSETS = Path(__file__).parent / "assets"
+from flamingo_jax.data.tokenizer import ASSETS
 
 
 class TextSource(Protocol):

@@ -57,7 +57,10 @@ class Responder:
     def answers(self, prompts: Sequence[Document], shape: Shape) -> list[str]:
         """What is said after each prompt, up to the end of the chunk."""
         ids = self._map(lambda v, batch: self._generate(v, batch), self.variables, prompts, shape, left=True)
-        return [self.task.tokenizer.decode(row[: [*row, self.task.end_id].index(self.task.end_id)]).strip() for row in ids.tolist()]
+        return [
+            self.task.tokenizer.decode(row[: [*row, self.task.end_id].index(self.task.end_id)]).strip()
+            for row in ids.tolist()
+        ]
 
     def losses(self, documents: Sequence[Document], shape: Shape, *, gates: bool = True) -> np.ndarray:
         """The mean loss of each document's learned tokens; with `gates` off, of the language model alone. [len]."""
@@ -65,7 +68,12 @@ class Responder:
         return self._map(self._losses, variables, documents, shape, left=False)
 
     def _map(
-        self, function: Callable[..., jax.Array], variables: PyTree, documents: Sequence[Document], shape: Shape, left: bool
+        self,
+        function: Callable[..., jax.Array],
+        variables: PyTree,
+        documents: Sequence[Document],
+        shape: Shape,
+        left: bool,
     ) -> np.ndarray:
         where = sharding.batch_sharding(self.mesh)
         rows = sharding.local_rows(where, self.batch_size)
@@ -111,7 +119,14 @@ def evaluate(task: FlamingoTask, params: PyTree, state: PyTree, mesh: Mesh, coun
     pictures = Pictures(open_source(config.source), task.image_size)
     support = Pictures(open_source(config.support), task.image_size)
     return evaluate_pictures(
-        responder, pictures, support, tuple(config.shots), count, captions or count, config.tokens_a_shot, task.config.seed
+        responder,
+        pictures,
+        support,
+        tuple(config.shots),
+        count,
+        captions or count,
+        config.tokens_a_shot,
+        task.config.seed,
     )
 
 
@@ -128,7 +143,9 @@ class Pictures:
                 continue
             self.records.append(i)
             self.media.append(Media(transforms.evaluation_image(image, image_size)[None]))
-        self.names, self.groups, self.colours = ([values[i] for i in self.records] for values in (names, groups, colours))
+        self.names, self.groups, self.colours = (
+            [values[i] for i in self.records] for values in (names, groups, colours)
+        )
         self.references = [[names[i], *source[i].keywords] for i in self.records]
 
     def ask(self, count: int, seed: int) -> list[questions.Asked]:
@@ -183,19 +200,27 @@ def evaluate_pictures(
         figures["interval"] = bootstrap_interval(right["true"], right["shuffled"], seed=seed)
         figures["interval_no_images"] = bootstrap_interval(right["true"], right["no"], seed=seed)
         figures["tasks"] = {
-            task: {f"{images}_images": float(scores[np.array(tasks) == task].mean()) for images, scores in right.items()}
+            task: {
+                f"{images}_images": float(scores[np.array(tasks) == task].mean()) for images, scores in right.items()
+            }
             for task in sorted(set(tasks))
         }
         answers[f"shots_{n}"] = figures
     most = max(shots)
-    answers |= {key: answers[f"shots_{most}"][key] for key in (*(f"{i}_images" for i in IMAGES), "interval", "interval_no_images", "tasks")}
+    answers |= {
+        key: answers[f"shots_{most}"][key]
+        for key in (*(f"{i}_images" for i in IMAGES), "interval", "interval_no_images", "tasks")
+    }
     answers["shots"] = most
-    answers["difference_of_shots"] = answers[f"shots_{most}"]["true_images"] - answers[f"shots_{min(shots)}"]["true_images"]
+    answers["difference_of_shots"] = (
+        answers[f"shots_{most}"]["true_images"] - answers[f"shots_{min(shots)}"]["true_images"]
+    )
 
     said_of: dict[str, Any] = {"captions": len(caption_queries)}
     references = [pictures.references[i] for i in captioned]
     caption_examples = [
-        {"record": pictures.records[i], "task": "caption", "question": "", "answer": pictures.names[i]} for i in captioned
+        {"record": pictures.records[i], "task": "caption", "question": "", "answer": pictures.names[i]}
+        for i in captioned
     ]
     for n in shots:
         before, shape = prompts(caption_queries, ["caption"] * len(caption_queries), n)
@@ -241,7 +266,9 @@ def document_losses(
     shape = replace(responder.task.shape(1, tokens), frames=1)
 
     def losses(images: str, gates: bool = True) -> np.ndarray:
-        return responder.losses([Document(shot.parts()) for shot in with_images(queries, images, rng)], shape, gates=gates)
+        return responder.losses(
+            [Document(shot.parts()) for shot in with_images(queries, images, rng)], shape, gates=gates
+        )
 
     true, shuffled, closed = losses("true"), losses("shuffled"), losses("true", gates=False)
     return {

@@ -90,7 +90,9 @@ class FlamingoTask:
             found[name] = checkpoint.metadata(checkpoint.latest(Path(path))).get("model", {})
         clip, lm = found["vision"], found["language_model"]
         if "towers" not in clip or "vision" not in clip["towers"]:
-            raise ConfigError(f"init.vision={self.config.init.vision}: a {clip.get('family')} checkpoint, without a tower `vision`")
+            raise ConfigError(
+                f"init.vision={self.config.init.vision}: a {clip.get('family')} checkpoint, without a tower `vision`"
+            )
         if "language_model" not in lm:
             raise ConfigError(
                 f"init.language_model={self.config.init.language_model}: a {lm.get('family')} checkpoint, without a language model"

@@ -77,7 +77,9 @@ class LanguageModelTask:
         check_vocabulary(self.tokenizer, config.data.tokenizer, config.model.vocab_size)
         self.windows = partial(Windows, tokenizer=self.tokenizer, length=config.data.length, seed=config.seed)
         self.train = self.windows(open_texts(config.data.train))
-        self._evaluate = jax.jit(lambda params, text: next_token_losses(self.model.apply({"params": params}, text), text))
+        self._evaluate = jax.jit(
+            lambda params, text: next_token_losses(self.model.apply({"params": params}, text), text)
+        )
 
     def streams(self) -> Mapping[str, Stream]:
         return {"text": Stream(self.train, self.config.batch_size)}
@@ -106,7 +108,9 @@ class LanguageModelTask:
             losses = self._evaluate(params, sharding.put_batch({"text": text}, where, size)["text"])
             total, count = total + float(losses.mean()), count + 1
         if not count:
-            raise ConfigError(f"{self.config.data.evaluate}: {len(held_out)} windows; at least one batch of {size} expected")
+            raise ConfigError(
+                f"{self.config.data.evaluate}: {len(held_out)} windows; at least one batch of {size} expected"
+            )
         loss = total / count
         chance = math.log(self.config.model.vocab_size)
         return {"held_out.loss": loss, "held_out.perplexity": math.exp(loss), "held_out.chance.loss": chance}
