@@ -1,4 +1,4 @@
-"""Evaluates a trained run on held-out data: zero-shot classification and retrieval.
+"""Evaluates a trained run on held-out data: CLIP by classification and retrieval, Flamingo by what it says.
 
     python -m launch.evaluate --workdir runs/quickstart/clip
 
@@ -7,12 +7,14 @@ report shows) to the workdir. The config and the parameters are the newest check
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 from absl import flags
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from clip_jax import sharding
@@ -22,6 +24,8 @@ from clip_jax.evaluation.pairs import Evaluation, evaluate_source
 from clip_jax.files import write_atomically
 from clip_jax.training import checkpoint
 from clip_jax.training.clip_task import ClipTask
+from flamingo_jax.evaluation import few_shot
+from flamingo_jax.training.flamingo_task import FlamingoTask
 from launch import command
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run to evaluate.")
@@ -34,33 +38,53 @@ def main() -> None:
     workdir = Path(WORKDIR.value)
     path = checkpoint.latest(workdir)
     metadata = checkpoint.metadata(path)
+    family = metadata["model"]["family"]
+    if family not in EVALUATORS:
+        raise ConfigError(f"{path}: a {family} checkpoint; expected one of {', '.join(EVALUATORS)}")
+    evaluate, print_table = EVALUATORS[family]
     results_path = workdir / "evaluation.json"
     if results_path.exists() and json.loads(results_path.read_text())["checkpoint"] == path.name:
         print(f"{results_path}: already holds the evaluation of checkpoint {path.name}")
-        print_table(json.loads(results_path.read_text())["sources"])
+        print_table(json.loads(results_path.read_text()))
         return
     config = ml_collections.ConfigDict(metadata["config"])
     mesh = sharding.make_mesh(config.mesh.to_dict(), jax.devices())
+    results, shown = evaluate(config, mesh, path)
+    if jax.process_index() == 0:
+        results = {"checkpoint": path.name, **results}
+        write_atomically(workdir / "predictions.json", json.dumps(shown, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(results_path, json.dumps(results, indent=1) + "\n")
+        print_table(results)
+
+
+def load(task: Any, path: Path) -> tuple[Any, Any]:
+    """(params, state) of a task's checkpoint, on its mesh."""
+    abstract = jax.tree.map(lambda leaf: leaf.sharding, task.abstract_variables())
+    params = checkpoint.load(path, "params", abstract[0])
+    return params, checkpoint.load(path, "state", abstract[1]) if jax.tree.leaves(abstract[1]) else {}
+
+
+def evaluate_clip(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     task = ClipTask(config, mesh)
+    found = {}
     with sharding.use_mesh(mesh):
-        abstract, state = task.abstract_variables()
-        params = checkpoint.load(path, "params", shardings_of(abstract))
-        model_state = checkpoint.load(path, "state", shardings_of(state)) if jax.tree.leaves(state) else {}
-        encoder = task.encoder(params, model_state, mesh)
-        found = {}
+        encoder = task.encoder(*load(task, path), mesh)
         for name, spec in tqdm(config.data.evaluate.items(), desc="evaluate", unit="source", dynamic_ncols=True):
             found[name] = evaluate_source(encoder, open_source(spec), tuple(config.data.templates))
     sources = {name: evaluation.figures for name, evaluation in found.items()}
-    if jax.process_index() == 0:
-        shown = {name: predictions(evaluation) for name, evaluation in found.items()}
-        write_atomically(workdir / "predictions.json", json.dumps(shown, indent=1, ensure_ascii=False) + "\n")
-        results = {"checkpoint": path.name, "sources": sources}
-        write_atomically(results_path, json.dumps(results, indent=1) + "\n")
-        print_table(sources)
+    return {"sources": sources}, {name: predictions(evaluation) for name, evaluation in found.items()}
 
 
-def shardings_of(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+def evaluate_flamingo(
+    config: ml_collections.ConfigDict, mesh: Mesh, path: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    task = FlamingoTask(config, mesh)
+    wanted = config.evaluation
+    with sharding.use_mesh(mesh):
+        params, state = load(task, path)
+        found = few_shot.evaluate(task, params, state, mesh, wanted.count, wanted.captions)
+    results = {"answers": found.answers, "captions": found.captions, "loss": found.loss}
+    return results, {"source": wanted.source, "examples": few_shot.spread(found.examples, SHOWN)}
 
 
 def predictions(evaluation: Evaluation) -> dict[str, Any]:
@@ -81,15 +105,52 @@ def predictions(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def print_table(sources: dict[str, Any]) -> None:
+def print_clip(results: dict[str, Any]) -> None:
     print(f"{'':34}{'images':>8}{'classes':>9}{'top-1':>8}{'chance':>8}{'top-5':>8}{'R@5':>8}{'chance':>8}")
-    for name, f in sources.items():
+    for name, f in results["sources"].items():
         chance = f["chance"]
         print(
             f"{name:34}{f['images']:8}{f['classes']:9}{f['top1']:8.1%}{chance['top1']:8.2%}"
             f"{f['top5']:8.1%}{f['recall_at_5']:8.1%}{chance['recall_at_5']:8.2%}"
         )
 
+
+def print_flamingo(results: dict[str, Any]) -> None:
+    answers, captions, loss = results["answers"], results["captions"], results["loss"]
+    shots = [key for key in answers if key.startswith("shots_")]
+
+    def row(name: str, f: dict[str, Any], chance: float, more: str = "") -> None:
+        shares = (f["true_images"], f["shuffled_images"], f["no_images"], chance)
+        print(f"{name:28}" + "".join(f"{share:10.1%}" for share in shares) + more)
+
+    print(f"{'right answers':28}{'images':>10}{'shuffled':>10}{'none':>10}{'chance':>10}   images - shuffled, 95 %")
+    for key in shots:
+        low, high = (100 * x for x in answers[key]["interval"])
+        row(f"{key[6:]} shots", answers[key], answers["chance"]["all"], f"   {low:+.1f} … {high:+.1f} points")
+        for task, f in answers[key]["tasks"].items():
+            row(f"    {task}", f, answers["chance"][task])
+    print(f"of {answers['questions']} questions")
+
+    print(f"{'captions':28}{'CIDEr':>10}{'shuffled':>10}{'named':>10}{'shuffled':>10}")
+    for key in shots:
+        f, other = captions[key], captions[key]["shuffled_images"]
+        print(
+            f"{key[6:] + ' shots':28}{f['cider']:10.3f}{other['cider']:10.3f}{f['named']:10.1%}{other['named']:10.1%}"
+        )
+    print(f"of {captions['captions']} captions")
+
+    print(f"{'nats a token':28}{loss['true']:10.3f}{loss['shuffled']:10.3f}{loss['gates_off']:10.3f} with closed gates")
+    for key in ("shuffled", "gates_off"):
+        low, high = loss[f"interval_{key}"]
+        print(f"    {key} - images: {low:+.3f} … {high:+.3f} (95 %)")
+    print(f"in {loss['documents']} documents")
+
+
+Evaluator = Callable[[ml_collections.ConfigDict, Mesh, Path], tuple[dict[str, Any], dict[str, Any]]]
+EVALUATORS: dict[str, tuple[Evaluator, Callable[[dict[str, Any]], None]]] = {
+    "clip": (evaluate_clip, print_clip),
+    "flamingo": (evaluate_flamingo, print_flamingo),
+}
 
 if __name__ == "__main__":
     command.run(main)

@@ -43,7 +43,7 @@ _EMOJI_TEXT = dict(vocab_size=4096, context_length=12, width=128, layers=2, head
 VARIANTS["emoji-RN"] = dict(
     # Three stages: a fourth would leave a single place to pool from.
     vision=dict(kind="resnet", image_size=32, width=24, layers=(1, 1, 1), heads=6),
-    text=_EMOJI_TEXT,
+    text=_EMOJI_TEXT | dict(layers=1),  # names are short: the time is better spent on pictures
     embed_dim=256,
     activation="quick_gelu",
 )

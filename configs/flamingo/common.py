@@ -43,8 +43,8 @@ def flamingo_config(variant: str) -> ml_collections.ConfigDict:
     )
     data.mixture = ml_collections.ConfigDict()  # stream → what a step draws of it
     config.evaluation = ml_collections.ConfigDict(
-        {"source": "", "support": "", "shots": (0, 4), "count": 200, "quick": 40, "captions": 200, "batch_size": 32,
-         "answer_tokens": 12, "tokens_a_shot": 26}
+        {"source": "", "support": "", "shots": (0, 4), "count": 280, "quick": 40, "captions": 200, "batch_size": 32,
+         "answer_tokens": 12, "tokens": {"shot": 32, "query": 48}}
     )  # fmt: skip
     return config
 

@@ -25,9 +25,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.init.language_model = "runs/quickstart/language_model"
     config.data.tokenizer = "wordnet/tokenizer.json"
     # As in the paper, pages count most and clips least.
-    config.data.mixture.pages = stream(images=5, frames=1, tokens=128, batch_size=16, weight=1.0)
-    config.data.mixture.pairs = stream(images=1, frames=1, tokens=24, batch_size=32, weight=0.3)
-    config.data.mixture.clips = stream(images=1, frames=4, tokens=24, batch_size=8, weight=0.1)
+    config.data.mixture.pages = stream(images=5, frames=1, tokens=160, batch_size=16, weight=1.0)
+    config.data.mixture.pairs = stream(images=1, frames=1, tokens=32, batch_size=32, weight=0.3)
+    config.data.mixture.clips = stream(images=1, frames=4, tokens=32, batch_size=8, weight=0.1)
     if arg == "debug":
         config.model = get_variant("debug")
         config.steps = 4

@@ -93,6 +93,12 @@ def phi(places: Sequence[int], length: int, attend: str) -> np.ndarray:
     return before if attend == "all" else before & (before.sum(axis=1, keepdims=True) == np.arange(1, place.size + 1))
 
 
+def length(parts: Sequence[Part], tokenizer: TextTokenizer) -> int:
+    """How many tokens the parts of a document are."""
+    texts = [part.text if isinstance(part, Text) else IMAGE_TAG for part in parts if part is not END]
+    return sum(len(tokenizer.encode(text)) for text in texts) + sum(part is END for part in parts)
+
+
 def encode(
     document: Document, tokenizer: TextTokenizer, shape: Shape, end_id: int, *, key: str, left: bool = False
 ) -> Element:
@@ -128,15 +134,15 @@ def encode(
             new = [end_id]
             learned.append(last_learned)
         ids += new
-    length = len(ids)
-    if length > shape.tokens:
-        raise RecordError(f"{key}: {length} tokens; at most {shape.tokens} expected")
+    L = len(ids)
+    if shape.tokens < L:
+        raise RecordError(f"{key}: {L} tokens; at most {shape.tokens} expected")
 
-    where = slice(shape.tokens - length, None) if left else slice(length)
+    where = slice(shape.tokens - L, None) if left else slice(L)
     text, text_mask, loss_mask = (np.zeros(shape.tokens, kind) for kind in (np.int32, bool, bool))
     media_mask = np.zeros((shape.tokens, shape.images), bool)
     text[where], text_mask[where], loss_mask[where] = ids, True, learned
-    media_mask[where, : len(places)] = phi(places, length, document.attend)
+    media_mask[where, : len(places)] = phi(places, L, document.attend)
     return {
         "media": media,
         "frame_mask": frame_mask,

@@ -17,7 +17,7 @@ from clip_jax.data.pipeline import Draws, Element, named
 from clip_jax.data.sources import Pair, PairSource
 from clip_jax.errors import RecordError
 from flamingo_jax.data import questions
-from flamingo_jax.data.documents import Document, Media, Shape, encode
+from flamingo_jax.data.documents import Document, Media, Shape, encode, length
 from flamingo_jax.data.prompts import CAPTION, Shot, question
 from flamingo_jax.data.tokenizer import TextTokenizer
 
@@ -27,7 +27,9 @@ MOVES = ("moving left", "moving right", "moving up", "moving down", "growing", "
 
 def catalogue(source: PairSource, image_size: int) -> tuple[list[str], list[str], list[str | None]]:
     """Names, groups and main colours of all records. A record that does not decode has no colour."""
-    names, groups, colours = [], [], []
+    names: list[str] = []
+    groups: list[str] = []
+    colours: list[str | None] = []
     for i in range(len(source)):
         pair = source[i]
         names.append(pair.text)
@@ -78,11 +80,14 @@ class EmojiDocuments:
 
     def _pages(self, position: int, rng: np.random.Generator) -> tuple[Document, int]:
         task = self.tasks[int(rng.integers(len(self.tasks)))]
-        shots, rejected = [], 0
+        shots, rejected, room = [], 0, self.shape.tokens - 1
         for place in range(self.shape.images):
             shot, bad = self._shot(task, position * self.shape.images + place)
-            shots.append(shot)
             rejected += bad
+            room -= length(shot.parts(), self.tokenizer)
+            if room < 0:  # a page ends where the next text no longer fits
+                break
+            shots.append(shot)
         if rng.random() < self.next_rate:
             parts = [part for shot in shots for part in (*shot.without_media().parts(), shot.media) if part is not None]
             return Document(parts, attend="next"), rejected

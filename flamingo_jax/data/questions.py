@@ -70,15 +70,16 @@ class Asked:
 
 
 def balanced(classes: Mapping[str, Sequence[int]], count: int, rng: np.random.Generator) -> list[tuple[int, str]]:
-    """About `count` (record, class), equally many of every class that has enough records for it.
-
-    The rarest classes are left out as long as that allows more questions in all.
+    """About `count` (record, class), equally many of every class; the rarest classes are left out where they
+    would cost more than a quarter of the questions.
     """
     sizes = sorted((len(records) for records in classes.values()), reverse=True)
-    each = max((min(size, count // k) * k, min(size, count // k)) for k, size in enumerate(sizes, 1))[1]
+    each = [min(size, count // k) for k, size in enumerate(sizes, 1)]
+    totals = [k * n for k, n in enumerate(each, 1)]
+    k = max(k for k, total in enumerate(totals, 1) if 4 * total >= 3 * max(totals))
     chosen = []
-    for name in sorted(name for name, records in classes.items() if len(records) >= each)[: max(1, count // each)]:
-        chosen += [(int(record), name) for record in rng.permutation(classes[name])[:each]]
+    for name in sorted(classes, key=lambda name: (-len(classes[name]), name))[:k]:
+        chosen += [(int(record), name) for record in rng.permutation(classes[name])[: each[k - 1]]]
     return chosen
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from clip_jax import sharding
 from clip_jax.data import transforms
@@ -17,9 +18,10 @@ from clip_jax.data.pipeline import Element
 from clip_jax.data.sources import PairSource, open_source
 from clip_jax.errors import RecordError
 from flamingo_jax.data import questions
-from flamingo_jax.data.documents import Document, Media, Shape, encode
+from flamingo_jax.data.documents import Document, Media, Shape, encode, length
 from flamingo_jax.data.emoji import catalogue
 from flamingo_jax.data.prompts import CAPTION, Shot, few_shot, question
+from flamingo_jax.data.tokenizer import TextTokenizer
 from flamingo_jax.decoding.generate import make_generate
 from flamingo_jax.evaluation.captioning import cider
 from flamingo_jax.evaluation.statistics import bootstrap_interval
@@ -38,6 +40,7 @@ class Responder:
     mesh: Mesh
     batch_size: int
     answer_tokens: int
+    bar: tqdm
     _generate: Callable[[PyTree, Mapping[str, jax.Array]], jax.Array] = field(init=False, repr=False)
     _losses: Callable[..., jax.Array] = field(init=False, repr=False)
 
@@ -80,9 +83,9 @@ class Responder:
         found = []
         for start in range(0, len(documents), self.batch_size):
             some = [min(start + int(row), len(documents) - 1) for row in rows]  # the last one fills the batch up
-            batch = stack([
-                encode(documents[i], self.task.tokenizer, shape, self.task.end_id, key=f"prompt {i}", left=left) for i in some
-            ])  # fmt: skip
+            tokenizer, end_id = self.task.tokenizer, self.task.end_id
+            batch = stack([encode(documents[i], tokenizer, shape, end_id, key=f"prompt {i}", left=left) for i in some])
+            self.bar.update()
             found.append(np.asarray(function(variables, sharding.put_batch(batch, where, self.batch_size))))
         return np.concatenate(found)[: len(documents)]
 
@@ -112,22 +115,32 @@ class FewShot:
         return answers | {f"loss.{key}": self.loss[key] for key in ("true", "shuffled", "gates_off")}
 
 
-def evaluate(task: FlamingoTask, params: PyTree, state: PyTree, mesh: Mesh, count: int, captions: int = 0) -> FewShot:
-    """`count` questions of each task and `captions` captions (0: as many as `count`) on the held-out source."""
-    config = task.config.evaluation
-    responder = Responder(task, {"params": params, **state}, mesh, config.batch_size, config.answer_tokens)
+def evaluate(task: FlamingoTask, params: PyTree, state: PyTree, mesh: Mesh, count: int, captions: int) -> FewShot:
+    """`count` questions of each task and `captions` captions on the config's held-out source."""
+    config, seed = task.config.evaluation, task.config.seed
     pictures = Pictures(open_source(config.source), task.image_size)
     support = Pictures(open_source(config.support), task.image_size)
-    return evaluate_pictures(
-        responder,
-        pictures,
-        support,
-        tuple(config.shots),
-        count,
-        captions or count,
-        config.tokens_a_shot,
-        task.config.seed,
-    )
+    asked = pictures.ask(count, seed)
+    captioned = np.random.default_rng(seed).permutation(len(pictures.media))[:captions]
+    sizes = len(config.shots) * (3 * [len(asked)] + 2 * [len(captioned)]) + 3 * [len(asked) + len(captioned)]
+    total = sum(-(-size // config.batch_size) for size in sizes)
+    with tqdm(total=total, desc="evaluate", unit="batch", dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
+        responder = Responder(task, {"params": params, **state}, mesh, config.batch_size, config.answer_tokens, bar)
+        run = _Run(
+            responder, pictures, Prompts(support, task.tokenizer, count, config.tokens, seed), tuple(config.shots), seed
+        )
+        answers, said = run.answers(asked)
+        scores, captioned_as = run.captions(captioned)
+        return FewShot(answers, scores, run.losses(asked, captioned), [*said, *captioned_as])
+
+
+def spread(examples: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Evenly chosen ones, `count` of each task."""
+    chosen: list[dict[str, Any]] = []
+    for task in sorted({example["task"] for example in examples}):
+        some = [example for example in examples if example["task"] == task]
+        chosen += some[:: max(1, len(some) // count)][:count]
+    return chosen
 
 
 class Pictures:
@@ -135,7 +148,8 @@ class Pictures:
 
     def __init__(self, source: PairSource, image_size: int):
         names, groups, colours = catalogue(source, image_size)
-        self.records, self.media = [], []
+        self.records: list[int] = []
+        self.media: list[Media] = []
         for i in range(len(source)):
             try:
                 image = transforms.decode(source[i].image, source[i].key)
@@ -143,139 +157,163 @@ class Pictures:
                 continue
             self.records.append(i)
             self.media.append(Media(transforms.evaluation_image(image, image_size)[None]))
-        self.names, self.groups, self.colours = (
-            [values[i] for i in self.records] for values in (names, groups, colours)
-        )
+        self.names = [names[i] for i in self.records]
+        self.groups = [groups[i] for i in self.records]
+        self.colours = [colours[i] for i in self.records]
         self.references = [[names[i], *source[i].keywords] for i in self.records]
 
     def ask(self, count: int, seed: int) -> list[questions.Asked]:
         return questions.ask(self.names, self.groups, self.colours, count, seed)
 
+    def shot(self, asked: questions.Asked) -> Shot:
+        return Shot(self.media[asked.record], question(asked.question), asked.answer)
 
-def evaluate_pictures(
-    responder: Responder, pictures: Pictures, support: Pictures, shots: Sequence[int], count: int, captions: int,
-    tokens: int, seed: int,
-) -> FewShot:  # fmt: skip
-    """See `evaluate`. The figures named after no number of shots are those of the most shots."""
-    rng = np.random.default_rng(seed)
-    asked = pictures.ask(count, seed)
-    pool: dict[str, list[Shot]] = {}
-    for a in support.ask(max(64, count), seed + 1):
-        pool.setdefault(a.task, []).append(Shot(support.media[a.record], question(a.question), a.answer))
-    pool["caption"] = [Shot(m, CAPTION, n) for m, n in zip(support.media, support.names, strict=True)]
-    queries = [Shot(pictures.media[a.record], question(a.question), a.answer) for a in asked]
-    tasks = [a.task for a in asked]
-    captioned = rng.permutation(len(pictures.media))[:captions]
-    caption_queries = [Shot(pictures.media[i], CAPTION, pictures.names[i]) for i in captioned]
+    def caption(self, i: int) -> Shot:
+        return Shot(self.media[i], CAPTION, self.names[i])
 
-    def prompts(queries: Sequence[Shot], tasks: Sequence[str], n: int) -> tuple[list[list[Shot]], Shape]:
-        """The shots before each query. Without any, two that are text only tell what is asked for."""
-        chosen = [[pool[task][i] for i in rng.permutation(len(pool[task]))[: n or 2]] for task in tasks]
-        if n == 0:
-            chosen = [[shot.without_media() for shot in some] for some in chosen]
-        room = responder.task.shape(n + 1, tokens * (max(n, 2) + 1))
-        return chosen, replace(room, frames=1)
 
-    answers: dict[str, Any] = {"questions": len(asked), "chance": questions.chance(asked)}
-    examples: dict[int, dict[str, Any]] = {}
-    expected = np.array([a.answer for a in asked])
-    answers["chance"]["all"] = float(np.mean([answers["chance"][task] for task in tasks]))
-    for n in shots:
-        before, shape = prompts(queries, tasks, n)
-        right = {}
-        for images in IMAGES:
-            shown = with_images(queries, images, rng)
-            hide = images == "no"
-            documents = [
-                few_shot([shot.without_media() if hide else shot for shot in some], query)
-                for some, query in zip(before, shown, strict=True)
-            ]
-            said = responder.answers(documents, shape)
-            right[images] = np.array([a == e for a, e in zip(said, expected, strict=True)], float)
-            if images == "true":
-                for i, a in enumerate(asked):
-                    examples.setdefault(i, {"record": pictures.records[a.record], "task": a.task, "question": a.question,
-                                            "answer": a.answer})[f"shots_{n}"] = said[i]  # fmt: skip
-        figures: dict[str, Any] = {f"{images}_images": float(scores.mean()) for images, scores in right.items()}
-        figures["interval"] = bootstrap_interval(right["true"], right["shuffled"], seed=seed)
-        figures["interval_no_images"] = bootstrap_interval(right["true"], right["no"], seed=seed)
-        figures["tasks"] = {
-            task: {
-                f"{images}_images": float(scores[np.array(tasks) == task].mean()) for images, scores in right.items()
-            }
-            for task in sorted(set(tasks))
+class Prompts:
+    """Queries with shots of the same task before them, drawn from a support set.
+
+    `tokens`: room for a query and for each shot. Longer ones of the support set are not used.
+    """
+
+    def __init__(self, support: Pictures, tokenizer: TextTokenizer, count: int, tokens: Mapping[str, int], seed: int):
+        pool: dict[str, list[Shot]] = {"caption": [support.caption(i) for i in range(len(support.media))]}
+        for asked in support.ask(max(64, count), seed + 1):
+            pool.setdefault(asked.task, []).append(support.shot(asked))
+        self._pool = {
+            task: [shot for shot in shots if length(shot.parts(), tokenizer) <= tokens["shot"]]
+            for task, shots in pool.items()
         }
-        answers[f"shots_{n}"] = figures
-    most = max(shots)
-    answers |= {
-        key: answers[f"shots_{most}"][key]
-        for key in (*(f"{i}_images" for i in IMAGES), "interval", "interval_no_images", "tasks")
-    }
-    answers["shots"] = most
-    answers["difference_of_shots"] = (
-        answers[f"shots_{most}"]["true_images"] - answers[f"shots_{min(shots)}"]["true_images"]
-    )
+        self._tokens, self._seed = tokens, seed
 
-    said_of: dict[str, Any] = {"captions": len(caption_queries)}
-    references = [pictures.references[i] for i in captioned]
-    caption_examples = [
-        {"record": pictures.records[i], "task": "caption", "question": "", "answer": pictures.names[i]}
-        for i in captioned
-    ]
-    for n in shots:
-        before, shape = prompts(caption_queries, ["caption"] * len(caption_queries), n)
-        for images in ("true", "shuffled"):
-            shown = with_images(caption_queries, images, rng)
-            said = responder.answers([few_shot(s, q) for s, q in zip(before, shown, strict=True)], shape)
-            scores = caption_scores(said, references)
-            said_of.setdefault(f"shots_{n}", {})[f"{images}_images"] = scores
-            if images == "true":
-                for example, text in zip(caption_examples, said, strict=True):
-                    example[f"shots_{n}"] = text
-        said_of[f"shots_{n}"] |= said_of[f"shots_{n}"]["true_images"]
-    said_of["difference_of_shots"] = {
-        key: said_of[f"shots_{most}"][key] - said_of[f"shots_{min(shots)}"][key] for key in ("cider", "named")
-    }
-    loss = document_losses(responder, [*queries, *caption_queries], tokens, rng, seed)
-    return FewShot(answers, said_of, loss, [*examples.values(), *caption_examples])
+    def __call__(self, queries: Sequence[Shot], tasks: Sequence[str], shots: int) -> list[Document]:
+        """The same shots at every call. Without any, two that are text only tell what is asked for.
+
+        Where a query has no image, its shots have none either.
+        """
+        documents = []
+        for i, (query, task) in enumerate(zip(queries, tasks, strict=True)):
+            pool = self._pool[task]
+            rng = np.random.default_rng([self._seed, shots, i])
+            before = [pool[j] for j in rng.permutation(len(pool))[: shots or 2]]
+            if shots == 0 or query.media is None:
+                before = [shot.without_media() for shot in before]
+            documents.append(few_shot(before, query))
+        return documents
+
+    def shape(self, shots: int, image_size: int) -> Shape:
+        """Room for so many shots and a query."""
+        return Shape(shots + 1, 1, image_size, self._tokens["query"] + (shots or 2) * self._tokens["shot"])
 
 
-def with_images(queries: Sequence[Shot], images: str, rng: np.random.Generator) -> list[Shot]:
-    """The queries with their own images, each with another's, or with none."""
+@dataclass(frozen=True)
+class _Run:
+    """The three parts of an evaluation. Figures beside the numbers of shots are those of the most shots."""
+
+    responder: Responder
+    pictures: Pictures
+    prompts: Prompts
+    shots: tuple[int, ...]
+    seed: int
+
+    def say(self, queries: Sequence[Shot], tasks: Sequence[str], shots: int) -> list[str]:
+        shape = self.prompts.shape(shots, self.responder.task.image_size)
+        return self.responder.answers(self.prompts(queries, tasks, shots), shape)
+
+    def answers(self, asked: Sequence[questions.Asked]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        queries, tasks = [self.pictures.shot(a) for a in asked], [a.task for a in asked]
+        expected = np.array([a.answer for a in asked])
+        chance = questions.chance(asked)
+        chance["all"] = float(np.mean([chance[task] for task in tasks]))
+        examples = [
+            {"record": self.pictures.records[a.record], "task": a.task, "question": a.question, "answer": a.answer}
+            for a in asked
+        ]
+        by_shots: dict[str, Any] = {}
+        for n in self.shots:
+            right = {}
+            for images in IMAGES:
+                said = self.say(with_images(queries, images, self.seed), tasks, n)
+                right[images] = np.array(said) == expected
+                if images == "true":
+                    for example, text in zip(examples, said, strict=True):
+                        example[f"shots_{n}"] = text
+
+            def shares(among: np.ndarray, right: dict[str, np.ndarray] = right) -> dict[str, float]:
+                return {f"{images}_images": float(scores[among].mean()) for images, scores in right.items()}
+
+            by_shots[f"shots_{n}"] = {
+                **shares(np.ones(len(asked), bool)),
+                "interval": bootstrap_interval(right["true"], right["shuffled"], seed=self.seed),
+                "interval_no_images": bootstrap_interval(right["true"], right["no"], seed=self.seed),
+                "tasks": {task: shares(np.array(tasks) == task) for task in sorted(set(tasks))},
+            }
+        fewest, most = (by_shots[f"shots_{n}"] for n in (min(self.shots), max(self.shots)))
+        return {
+            "questions": len(asked),
+            "chance": chance,
+            "shots": max(self.shots),
+            **most,
+            "difference_of_shots": most["true_images"] - fewest["true_images"],
+            **by_shots,
+        }, examples
+
+    def captions(self, captioned: np.ndarray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        queries, tasks = [self.pictures.caption(i) for i in captioned], ["caption"] * len(captioned)
+        references = [self.pictures.references[i] for i in captioned]
+        examples = [
+            {"record": self.pictures.records[i], "task": "caption", "question": "", "answer": self.pictures.names[i]}
+            for i in captioned
+        ]
+        by_shots: dict[str, Any] = {}
+        for n in self.shots:
+            said = self.say(queries, tasks, n)
+            other = self.say(with_images(queries, "shuffled", self.seed), tasks, n)
+            by_shots[f"shots_{n}"] = caption_scores(said, references) | {
+                "shuffled_images": caption_scores(other, references)
+            }
+            for example, text in zip(examples, said, strict=True):
+                example[f"shots_{n}"] = text
+        fewest, most = (by_shots[f"shots_{n}"] for n in (min(self.shots), max(self.shots)))
+        difference = {key: most[key] - fewest[key] for key in ("cider", "named")}
+        return {"captions": len(captioned), "difference_of_shots": difference, **by_shots}, examples
+
+    def losses(self, asked: Sequence[questions.Asked], captioned: np.ndarray) -> dict[str, Any]:
+        """The loss on answers and captions: with the true images, with others', and with the gates closed."""
+        queries = [*(self.pictures.shot(a) for a in asked), *(self.pictures.caption(i) for i in captioned)]
+        shape = self.prompts.shape(0, self.responder.task.image_size)
+
+        def losses(images: str, gates: bool = True) -> np.ndarray:
+            documents = [Document(shot.parts()) for shot in with_images(queries, images, self.seed)]
+            return self.responder.losses(documents, shape, gates=gates)
+
+        true, shuffled, closed = losses("true"), losses("shuffled"), losses("true", gates=False)
+        return {
+            "documents": len(queries),
+            "true": float(true.mean()),
+            "shuffled": float(shuffled.mean()),
+            "gates_off": float(closed.mean()),
+            "interval_shuffled": bootstrap_interval(shuffled, true, seed=self.seed),
+            "interval_gates_off": bootstrap_interval(closed, true, seed=self.seed),
+        }
+
+
+def with_images(queries: Sequence[Shot], images: str, seed: int) -> list[Shot]:
+    """The queries with their own ("true") images, each with another's ("shuffled"), or with none ("no")."""
     if images == "no":
         return [query.without_media() for query in queries]
     if images == "true":
         return list(queries)
-    order = rng.permutation(len(queries))
+    order = np.random.default_rng(seed).permutation(len(queries))
     other = np.empty(len(queries), int)
-    other[order] = np.roll(order, 1)  # around one circle: nobody keeps their own
+    other[order] = np.roll(order, 1)  # around one circle: none keeps its own
     return [replace(query, media=queries[i].media) for query, i in zip(queries, other, strict=True)]
 
 
-def caption_scores(said: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def caption_scores(said: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
     """CIDEr, and the share of captions that are one of their references."""
     mean, _ = cider(said, references)
     named = [text.lower() in {r.lower() for r in some} for text, some in zip(said, references, strict=True)]
-    return {"cider": float(mean), "named": float(np.mean(named))}
-
-
-def document_losses(
-    responder: Responder, queries: Sequence[Shot], tokens: int, rng: np.random.Generator, seed: int
-) -> dict[str, Any]:
-    """The loss on answers and captions: with the true images, with others', and with the gates closed."""
-    shape = replace(responder.task.shape(1, tokens), frames=1)
-
-    def losses(images: str, gates: bool = True) -> np.ndarray:
-        return responder.losses(
-            [Document(shot.parts()) for shot in with_images(queries, images, rng)], shape, gates=gates
-        )
-
-    true, shuffled, closed = losses("true"), losses("shuffled"), losses("true", gates=False)
-    return {
-        "documents": len(queries),
-        "true": float(true.mean()),
-        "shuffled": float(shuffled.mean()),
-        "gates_off": float(closed.mean()),
-        "interval_shuffled": bootstrap_interval(shuffled, true, seed=seed),
-        "interval_gates_off": bootstrap_interval(closed, true, seed=seed),
-    }
+    return {"cider": mean, "named": float(np.mean(named))}

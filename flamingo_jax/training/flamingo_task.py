@@ -89,14 +89,13 @@ class FlamingoTask:
                 raise ConfigError(f"init.{name} is empty: name the run or checkpoint that it is taken from")
             found[name] = checkpoint.metadata(checkpoint.latest(Path(path))).get("model", {})
         clip, lm = found["vision"], found["language_model"]
-        if "towers" not in clip or "vision" not in clip["towers"]:
-            raise ConfigError(
-                f"init.vision={self.config.init.vision}: a {clip.get('family')} checkpoint, without a tower `vision`"
-            )
-        if "language_model" not in lm:
-            raise ConfigError(
-                f"init.language_model={self.config.init.language_model}: a {lm.get('family')} checkpoint, without a language model"
-            )
+        for name, there, what in (
+            ("vision", "vision" in clip.get("towers", {}), "tower `vision`"),
+            ("language_model", "language_model" in lm, "language model"),
+        ):
+            if not there:
+                family = found[name].get("family", "foreign")
+                raise ConfigError(f"init.{name}={self.config.init[name]}: a {family} checkpoint, without a {what}")
         compare("init.vision", clip["towers"]["vision"], model.vision.to_dict(), ("remat",))
         ours = {"embed_dim": model.embed_dim, "activation": model.activation}
         compare("init.vision", {key: clip[key] for key in ours}, ours)
@@ -135,7 +134,8 @@ class FlamingoTask:
         """Answers and losses on held-out pictures, with the right images, with shuffled ones and with none."""
         from flamingo_jax.evaluation.few_shot import evaluate
 
-        return evaluate(self, params, state, mesh, count=self.config.evaluation.quick).headline()
+        quick = self.config.evaluation.quick
+        return evaluate(self, params, state, mesh, quick, quick).headline()
 
     def metadata(self) -> dict[str, Any]:
         model = self.config.model
