@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 PYTEST_ARGS ?=
+# Large pages for XLA's buffers on a CPU, kept instead of returned to the system: a third less time (glibc only).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8000000000:glibc.malloc.mmap_threshold=4000000000
 
 .PHONY: quickstart test lint lock clean
 

@@ -82,10 +82,36 @@ def test_frozen_parameters_have_no_optimiser_state_and_come_back_as_such(tmp_pat
     assert set(value.frozen) == {"vision"} and "vision" not in value.trainable
     assert not any("vision" in jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(value.opt_state))
     checkpointer = checkpoint.Checkpointer(tmp_path, 1)
-    checkpointer.save(value, 1, {})
+    for step in (1, 2):
+        checkpointer.save(value, step, {})
     checkpointer.wait()
     got = checkpointer.restore_latest(abstract)
     assert got is not None and digest(got.frozen) == digest(value.frozen)
+
+    # Saved once, found from every step, and verified there.
+    assert not (checkpointer.path(2) / "params.vision").exists()
+    vision = checkpoint.load(checkpointer.path(2), "params/vision")
+    assert digest(vision) == digest(value.frozen["vision"])
+    file = max((tmp_path / "frozen" / "params.vision" / "d").iterdir(), key=lambda f: f.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"frozen/params\.vision/.*bytes; manifest.json says"):
+        checkpointer.restore_latest(abstract)
+    (tmp_path / "frozen" / checkpoint.MANIFEST).write_text("{}")
+    with pytest.raises(CheckpointError, match="frozen: missing or changed"):
+        checkpoint.load(checkpointer.path(2), "params/vision")
+
+
+def test_what_a_killed_run_froze_is_not_taken_over(tmp_path: Path) -> None:
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    with sharding.use_mesh(mesh):
+        _, real = make(mesh, frozen=("vision/",))
+    for seed in (0, 1):
+        value, checkpointer = real(jax.random.key(seed)), checkpoint.Checkpointer(tmp_path, 1)
+        checkpointer.clean()
+        checkpointer.save(value, 1, {})
+        checkpointer.wait()
+        assert digest(checkpoint.load(checkpointer.path(1), "params/vision")) == digest(value.frozen["vision"])
+        shutil.rmtree(checkpointer.path(1))  # killed before its first checkpoint was finished
 
 
 def test_one_tower_is_read_without_the_rest(tmp_path: Path) -> None:
@@ -123,12 +149,17 @@ def test_the_newest_sound_checkpoint_is_taken(tmp_path: Path) -> None:
     flip_a_byte(checkpointer.path(2))
     with pytest.raises(CheckpointError, match=r"00000002/params\.vision/d/.*damaged"):
         checkpoint.verify(checkpointer.path(2))
-    assert checkpointer.restore_latest(abstract) is not None  # that of step 1
-    flip_a_byte(checkpointer.path(1))
-    with pytest.raises(CheckpointError, match="00000002/.*damaged"):  # never from scratch in silence
-        checkpointer.restore_latest(abstract)
     checkpointer.clean()
     assert not checkpointer.path(3).exists()
+    restored = checkpointer.restore_latest(abstract)
+    assert restored is not None and checkpointer.steps() == [1]
+    assert (tmp_path / "checkpoints" / "00000002.damaged").is_dir()  # out of the way of its step's next save
+    checkpointer.save(restored, 2, {})
+    checkpointer.wait()
+    for step in (1, 2):
+        flip_a_byte(checkpointer.path(step))
+    with pytest.raises(CheckpointError, match="00000002/.*damaged"):  # never from scratch in silence
+        checkpointer.restore_latest(abstract)
 
 
 def flip_a_byte(path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_jax.data import pipeline
 from clip_jax.data.order import Order
-from clip_jax.data.pipeline import Batches, PairElements, evaluation_batches
+from clip_jax.data.pipeline import Batches, Draws, PairElements, evaluation_batches
 from clip_jax.data.sources import Pair, PairSource
 from clip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from clip_jax.data.transforms import Augmentation, decode, evaluation_image
@@ -38,7 +38,8 @@ def tokenizer() -> Tokenizer:
 
 
 def elements(source: PairSource, tokenizer: Tokenizer, keyword_rate: float = 0.5) -> PairElements:
-    return PairElements(source, Order(len(source), 5), tokenizer, SIZE, LENGTH, Augmentation(), keyword_rate)
+    draws = Draws(source, Order(len(source), 5))
+    return PairElements(draws, tokenizer, SIZE, LENGTH, Augmentation(), keyword_rate)
 
 
 def read(batches: Batches, start: int, stop: int) -> list[Mapping[str, np.ndarray]]:
@@ -94,10 +95,10 @@ def test_content_does_not_depend_on_where_reading_started(tokenizer: Tokenizer) 
 
 def test_seeds_and_epochs_give_other_content(tokenizer: Tokenizer) -> None:
     element = elements(PAIRS, tokenizer)
-    other = replace(element, order=Order(COUNT, 6))
+    other = replace(element, draws=replace(element.draws, order=Order(COUNT, 6)))
     assert not np.array_equal(element(0)["image"], other(0)["image"])
-    by_index = {element.order.index(COUNT + i): COUNT + i for i in range(COUNT)}
-    again = by_index[element.order.index(0)]  # the same record in the next epoch is cropped anew
+    by_index = {element.draws.order.index(COUNT + i): COUNT + i for i in range(COUNT)}
+    again = by_index[element.draws.order.index(0)]  # the same record in the next epoch is cropped anew
     assert not np.array_equal(element(0)["image"], element(again)["image"])
 
 
@@ -105,14 +106,14 @@ def test_bad_records_are_replaced_by_rule_and_counted(tokenizer: Tokenizer) -> N
     good, bad = elements(PAIRS, tokenizer, 0.0), elements(BAD, tokenizer, 0.0)
     hit = 0
     for position in range(2 * COUNT):
-        if bad.order.index(position) not in (4, 9):
+        if bad.draws.order.index(position) not in (4, 9):
             assert_same([bad(position)], [good(position)])
             continue
         hit += 1
         element = bad(position)
         attempts = int(element["rejected"])
-        assert attempts == next(k for k in range(1, 32) if bad.order.index(position, k) not in (4, 9))
-        replacement = PAIRS[bad.order.index(position, attempts)]
+        assert attempts == next(k for k in range(1, 32) if bad.draws.order.index(position, k) not in (4, 9))
+        replacement = PAIRS[bad.draws.order.index(position, attempts)]
         np.testing.assert_array_equal(element["text"], tokenizer(replacement.text, LENGTH)[0])
     assert hit == 4
 
@@ -141,7 +142,7 @@ def test_source_of_bad_records_is_given_up(tokenizer: Tokenizer, threads: int) -
 def test_keywords_join_or_replace_the_text(tokenizer: Tokenizer, rate: float) -> None:
     element = replace(elements(PAIRS, tokenizer, rate), context_length=64)
     texts = [tokenizer.decode(element(position)["text"]) for position in range(COUNT)]
-    names = [PAIRS[element.order.index(position)].text for position in range(COUNT)]
+    names = [PAIRS[element.draws.order.index(position)].text for position in range(COUNT)]
     if rate == 0:
         assert texts == names
     else:
@@ -174,7 +175,7 @@ def test_records_that_cannot_be_read_are_left_out(tokenizer: Tokenizer) -> None:
     ((_, good), *_) = evaluation_batches(source, SIZE, BATCH, np.arange(BATCH))
     np.testing.assert_array_equal(np.flatnonzero(~good), [2])
     element = elements(source, tokenizer)
-    positions = {element.order.index(position): position for position in range(COUNT)}
+    positions = {element.draws.order.index(position): position for position in range(COUNT)}
     assert element(positions[2])["rejected"] == 1
 
 

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
 import grain
 import numpy as np
@@ -15,6 +16,7 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import DataError, RecordError
 
 Element = dict[str, np.ndarray]
+T = TypeVar("T")
 ROWS_AT_A_TIME = 32
 MAX_ATTEMPTS = 32  # bad records in a row at one position, after which the source is given up
 
@@ -22,55 +24,84 @@ _reported: set[str] = set()
 
 
 @dataclass(frozen=True)
-class PairElements:
-    """The training example at a position: image uint8 [S, S, 3], text int32 [L], `rejected` (a count).
+class Stream:
+    """One data set of a task's mixture: the example at every position, how many a step draws, its loss's weight."""
 
-    A bad record is replaced by the one that `order` names next for this position, and counted.
-    `keyword_rate`: how often keywords, some of them in random order, join the text or stand in its place.
-    `cache`: keep decoded records in memory, where the source is small enough.
+    element: Callable[[int], Element]
+    batch_size: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The record at a position, decoded; a bad one is replaced by the one that `order` names next, and counted.
+
+    `cache`: where decoded records are kept, if the source is small enough for it.
     """
 
     source: PairSource
     order: Order
-    tokenizer: Tokenizer
-    image_size: int
-    context_length: int
-    augment: transforms.Augmentation
-    keyword_rate: float = 0.0
-    cache: bool = False
-    _cached: dict[int, tuple[Pair, Image.Image]] = field(default_factory=dict, init=False, repr=False)
+    cache: dict[int, tuple[Pair, Image.Image]] | None = None
 
-    def __call__(self, position: int) -> Element:
+    def __call__(
+        self, position: int, use: Callable[[Pair, Image.Image], T]
+    ) -> tuple[T, int, np.random.Generator]:
+        """(what `use` makes of the record, bad records replaced, a generator of this position's own).
+
+        `use` may raise RecordError, too. Raises DataError after MAX_ATTEMPTS bad records.
+        """
         for attempt in range(MAX_ATTEMPTS):
-            index = self.order.index(position, attempt)
-            rng = generator(self.order.seed, position, attempt, 2)
             try:
-                pair, image = self._read(index)
-                text = self._text(pair.key, pair.text, pair.keywords, rng)
+                made = use(*self._read(self.order.index(position, attempt)))
             except RecordError as error:
                 if str(error) not in _reported:  # once for each record and process
                     _reported.add(str(error))
                     logging.warning("record replaced: %s", error)
                 continue
-            return {
-                "image": transforms.training_image(image, self.image_size, self.augment, rng),
-                "text": self.tokenizer(text, self.context_length)[0],
-                "rejected": np.int32(attempt),
-            }
+            return made, attempt, generator(self.order.seed, position, attempt, 2)
         raise DataError(f"{MAX_ATTEMPTS} bad records in a row at position {position}; see the warnings above")
 
     def _read(self, index: int) -> tuple[Pair, Image.Image]:
-        if index in self._cached:
-            return self._cached[index]
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
         pair = self.source[index]
-        image = transforms.decode(pair.image, pair.key)
-        if self.cache:
-            self._cached[index] = pair, image
-        return pair, image
+        found = pair, transforms.decode(pair.image, pair.key)
+        if self.cache is not None:
+            self.cache[index] = found
+        return found
 
-    def _text(self, key: str, text: str, keywords: Sequence[str], rng: np.random.Generator) -> str:
-        if not text.strip():
-            raise RecordError(f"{key}: the text is empty")
+
+def named(pair: Pair, image: Image.Image) -> tuple[Pair, Image.Image]:
+    """A record as it is. Raises RecordError where its text is empty."""
+    if not pair.text.strip():
+        raise RecordError(f"{pair.key}: the text is empty")
+    return pair, image
+
+
+@dataclass(frozen=True)
+class PairElements:
+    """The training example at a position: image uint8 [S, S, 3], text int32 [L], `rejected` (a count).
+
+    `keyword_rate`: how often keywords, some of them in random order, join the text or stand in its place.
+    """
+
+    draws: Draws
+    tokenizer: Tokenizer
+    image_size: int
+    context_length: int
+    augment: transforms.Augmentation
+    keyword_rate: float = 0.0
+
+    def __call__(self, position: int) -> Element:
+        (pair, image), rejected, rng = self.draws(position, named)
+        text = self._text(pair.text, pair.keywords, rng)
+        return {
+            "image": transforms.training_image(image, self.image_size, self.augment, rng),
+            "text": self.tokenizer(text, self.context_length)[0],
+            "rejected": np.int32(rejected),
+        }
+
+    def _text(self, text: str, keywords: Sequence[str], rng: np.random.Generator) -> str:
         if keywords and rng.random() < self.keyword_rate:
             count = rng.integers(1, min(len(keywords), 4) + 1)
             chosen = [keywords[i] for i in rng.permutation(len(keywords))[:count]]

@@ -65,7 +65,7 @@ def training_image(image: Image.Image, size: int, augment: Augmentation, rng: np
     if augment.rotate:
         angle = math.radians(rng.uniform(-augment.rotate, augment.rotate))
         image = image.transform(
-            (size, size), Image.Transform.AFFINE, _turned(box, angle, size), Image.Resampling.BICUBIC,
+            (size, size), Image.Transform.AFFINE, turned(box, angle, size), Image.Resampling.BICUBIC,
             fillcolor=(255, 255, 255),
         )  # fmt: skip
     else:
@@ -79,7 +79,7 @@ def training_image(image: Image.Image, size: int, augment: Augmentation, rng: np
     return np.asarray(image, dtype=np.uint8)
 
 
-def _turned(box: tuple[float, float, float, float], angle: float, size: int) -> tuple[float, ...]:
+def turned(box: tuple[float, float, float, float], angle: float, size: int) -> tuple[float, ...]:
     """The affine map from the pixels of the result to those of a box that is turned about its centre."""
     left, top, right, bottom = box
     sx, sy = (right - left) / size, (bottom - top) / size

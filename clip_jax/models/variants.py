@@ -6,6 +6,7 @@ OpenAI's nine are those of arXiv 2103.00020, table 19 and 20; `emoji-*` are the 
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
 
@@ -82,21 +83,30 @@ def get_variant(name: str) -> ml_collections.ConfigDict:
     return config
 
 
-def build_two_tower(config: Mapping[str, Any]) -> TwoTower:
-    """Modules from a config of `get_variant`'s shape.
+def build_vision(config: Mapping[str, Any]) -> nn.Module:
+    """The vision tower of a config with `vision`, `embed_dim`, `activation` and `dtype`.
 
-    Raises ConfigError for an unknown kind of vision tower.
+    Raises ConfigError for an unknown kind of tower.
     """
-    vision, text = dict(config["vision"]), dict(config["text"])
+    vision = dict(config["vision"])
     kind = vision.pop("kind")
     if kind not in _TOWERS:
         raise ConfigError(f"model.vision.kind {kind!r}: expected one of {', '.join(_TOWERS)}")
-    common: dict[str, Any] = dict(embed_dim=config["embed_dim"], dtype=jnp.dtype(config["dtype"]))
     if kind == "vit":
         vision["activation"] = config["activation"]
     else:
         vision["layers"] = tuple(vision["layers"])
+    return _TOWERS[kind](**vision, embed_dim=config["embed_dim"], dtype=jnp.dtype(config["dtype"]))
+
+
+def build_two_tower(config: Mapping[str, Any]) -> TwoTower:
+    """Modules from a config of `get_variant`'s shape. Raises ConfigError as `build_vision` does."""
     return TwoTower(
-        vision=_TOWERS[kind](**vision, **common),
-        text=TextTransformer(**text, activation=config["activation"], **common),
+        vision=build_vision(config),
+        text=TextTransformer(
+            **dict(config["text"]),
+            embed_dim=config["embed_dim"],
+            activation=config["activation"],
+            dtype=jnp.dtype(config["dtype"]),
+        ),
     )

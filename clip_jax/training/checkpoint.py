@@ -4,6 +4,9 @@ A checkpoint is a directory `checkpoints/<step>` of items, each with files of it
 each top-level key of the parameters, `state` (BatchNorm statistics) and `train` (step and optimiser state).
 `manifest.json`, with the size and sha256 of every file, is written after Orbax has committed; a directory
 without one is not taken for a checkpoint. One tower is read, and verified, without touching the rest.
+
+Items of frozen parameters are saved once, in `checkpoints/frozen`; the manifests of the steps name them, with
+the digest of its manifest.
 """
 
 import hashlib
@@ -11,7 +14,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from clip_jax.training.state import TrainState, leaf_paths, partition
 
 PyTree = Any
 MANIFEST = "manifest.json"
+FROZEN = "frozen"
 
 
 def items_of(state: TrainState) -> dict[str, PyTree]:
@@ -35,6 +39,11 @@ def items_of(state: TrainState) -> dict[str, PyTree]:
         items["state"] = state.model_state
     items["train"] = {"step": state.step, "opt_state": state.opt_state}
     return items
+
+
+def frozen_items(state: TrainState) -> list[str]:
+    """The items of which nothing is trained."""
+    return [f"params.{key}" for key in state.frozen if key not in state.trainable]
 
 
 def state_of(items: Mapping[str, PyTree], like: TrainState) -> TrainState:
@@ -68,6 +77,8 @@ class Checkpointer:
                 if path.is_dir() and not (path / MANIFEST).is_file():
                     logging.info("removing %s: not a finished checkpoint", path)
                     shutil.rmtree(path)
+            if not self.steps():  # left by a run killed before its first checkpoint; this one may start from others
+                shutil.rmtree(self.directory / FROZEN, ignore_errors=True)
         _barrier("clean")
 
     def steps(self) -> list[int]:
@@ -82,14 +93,15 @@ class Checkpointer:
     def save(self, state: TrainState, step: int, metadata: Mapping[str, Any]) -> None:
         """Starts saving and returns; waits first for the save before it. Raises what that one met."""
         self.wait()
-        path = self.path(step)
-        response = ocp.save_checkpointables_async(path, items_of(state), custom_metadata=dict(metadata))
+        path, items, frozen = self.path(step), items_of(state), frozen_items(state)
+        self._save_frozen({name: items.pop(name) for name in frozen}, metadata)
+        response = ocp.save_checkpointables_async(path, items, custom_metadata=dict(metadata))
 
         def finish() -> None:
             try:
                 response.result()
                 if jax.process_index() == 0:
-                    write_manifest(path)
+                    write_manifest(path, frozen)
                     for old in self.steps()[: -self._keep]:
                         shutil.rmtree(self.path(old))
             except BaseException as error:  # carried over to the training thread by wait()
@@ -97,6 +109,17 @@ class Checkpointer:
 
         self._finishing = threading.Thread(target=finish, name="checkpoint")
         self._finishing.start()
+
+    def _save_frozen(self, items: Mapping[str, PyTree], metadata: Mapping[str, Any]) -> None:
+        """Saves the frozen items, unless an earlier save has."""
+        path = self.directory / FROZEN
+        there = not items or (path / MANIFEST).is_file()
+        _barrier("frozen looked for")  # or the fastest process would write what the slowest has yet to miss
+        if not there:
+            ocp.save_checkpointables(path, dict(items), custom_metadata=dict(metadata))
+            if jax.process_index() == 0:
+                write_manifest(path)
+            _barrier("frozen saved")
 
     def wait(self) -> None:
         """Until the last save is committed and its manifest written."""
@@ -118,34 +141,42 @@ class Checkpointer:
                 verify(self.path(step))
             except CheckpointError as error:
                 logging.warning("%s; going back to an older checkpoint", error)
-                damaged.append(str(error))
+                damaged.append((self.path(step), str(error)))
                 continue
-            return state_of(restore(self.path(step), items_of(abstract)), abstract)
+            state = state_of(restore(self.path(step), items_of(abstract)), abstract)
+            _barrier("restored")
+            for path, _ in damaged if jax.process_index() == 0 else ():
+                path.rename(path.with_name(path.name + ".damaged"))  # its step will be saved again
+            return state
         if damaged:
-            raise CheckpointError(damaged[0])
+            raise CheckpointError(damaged[0][1])
         return None
 
 
-def write_manifest(path: Path) -> None:
-    """Writes sizes and digests of every file of a committed checkpoint, itself atomically."""
-    files = {
-        str(file.relative_to(path)): {"size": file.stat().st_size, "sha256": _digest(file)}
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+def write_manifest(path: Path, frozen: Sequence[str] = ()) -> None:
+    """Writes sizes and digests of every file of a committed checkpoint, itself atomically.
+
+    `frozen`: the items that stand in the directory FROZEN beside it.
+    """
+    manifest: dict[str, Any] = {
+        "files": {
+            str(file.relative_to(path)): {"size": file.stat().st_size, "sha256": _digest(file)}
+            for file in sorted(path.rglob("*"))
+            if file.is_file() and file.name != MANIFEST
+        }
     }
-    write_atomically(path / MANIFEST, json.dumps(files, indent=1))
+    if frozen:
+        manifest["frozen"] = {"items": list(frozen), "sha256": _digest(path.parent / FROZEN / MANIFEST)}
+    write_atomically(path / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def verify(path: Path, items: list[str] | None = None) -> None:
+def verify(path: Path, items: Sequence[str] | None = None) -> None:
     """Compares a checkpoint's files, or those of some items only, with its manifest.
 
     Raises CheckpointError naming the first file that is missing or differs.
     """
-    try:
-        files = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
-        raise CheckpointError(f"{path}: not a finished checkpoint ({MANIFEST} is missing or unreadable)") from None
-    for name, expected in files.items():
+    manifest = _manifest(path)
+    for name, expected in manifest["files"].items():
         if items is not None and "/" in name and name.split("/")[0] not in items:
             continue
         file = path / name
@@ -155,6 +186,19 @@ def verify(path: Path, items: list[str] | None = None) -> None:
             raise CheckpointError(f"{file}: {file.stat().st_size} bytes; {MANIFEST} says {expected['size']}")
         if _digest(file) != expected["sha256"]:
             raise CheckpointError(f"{file}: damaged; its sha256 is not the one in {MANIFEST}")
+    frozen = [name for name in manifest.get("frozen", {}).get("items", ()) if items is None or name in items]
+    if frozen:
+        directory = path.parent / FROZEN
+        if not (directory / MANIFEST).is_file() or _digest(directory / MANIFEST) != manifest["frozen"]["sha256"]:
+            raise CheckpointError(f"{directory}: missing or changed; {path / MANIFEST} refers to its {frozen[0]}")
+        verify(directory, frozen)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        raise CheckpointError(f"{path}: not a finished checkpoint ({MANIFEST} is missing or unreadable)") from None
 
 
 def restore(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -163,10 +207,11 @@ def restore(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
     Keys, shapes and dtypes are compared with the checkpoint's own first: Orbax itself returns abstract
     leaves for a misspelt key. Raises CheckpointError naming the first difference.
     """
+    homes = _homes(path)
     for item, tree in abstract.items():
-        if item not in _items(path):
-            raise CheckpointError(f"{path}: no {item.replace('.', '/')}; it holds {_listing(_items(path))}")
-        want, have = _named_leaves(tree), _named_leaves(_stored(path, item))
+        if item not in homes:
+            raise CheckpointError(f"{path}: no {item.replace('.', '/')}; it holds {_listing(homes)}")
+        want, have = _named_leaves(tree), _named_leaves(_stored(homes[item], item))
         for name in sorted(want.keys() | have.keys()):
             if name not in have:
                 raise CheckpointError(f"{path}: no {item} {name}: a checkpoint of another architecture")
@@ -178,7 +223,10 @@ def restore(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
                 raise CheckpointError(
                     f"{path}: {item} {name} is {_describe(have[name])}; this model expects {_describe(want[name])}"
                 )
-    return dict(ocp.load_checkpointables(path, dict(abstract)))
+    loaded: dict[str, PyTree] = {}
+    for home in {homes[item] for item in abstract}:
+        loaded |= ocp.load_checkpointables(home, {i: tree for i, tree in abstract.items() if homes[i] == home})
+    return loaded
 
 
 def latest(path: Path) -> Path:
@@ -217,7 +265,7 @@ def load(path: str | Path, subtree: str = "params", sharding: Any = None) -> PyT
       CheckpointError: nothing there, damaged, or no such subtree.
     """
     path = latest(Path(path))
-    items = _items(path)
+    items = _homes(path)
     if subtree == "params":
         towers = [name.removeprefix("params.") for name in items if name.startswith("params.")]
         parts = sharding if isinstance(sharding, Mapping) else dict.fromkeys(towers, sharding)
@@ -228,7 +276,7 @@ def load(path: str | Path, subtree: str = "params", sharding: Any = None) -> PyT
     if item not in items:
         raise CheckpointError(f"{path}: no {subtree}; it holds {_listing(items)}")
     verify(path, [item])
-    tree = _stored(path, item)
+    tree = _stored(items[item], item)
     for depth, key in enumerate(keys):
         if key not in tree:
             where = "/".join([head, *keys[:depth]])
@@ -245,15 +293,16 @@ def load(path: str | Path, subtree: str = "params", sharding: Any = None) -> PyT
     partial = ocp.Context()
     partial.pytree.loading.partial_load = True
     with partial:
-        loaded: Any = ocp.load_checkpointables(path, {item: abstract})[item]
+        loaded: Any = ocp.load_checkpointables(items[item], {item: abstract})[item]
     for key in keys:
         loaded = loaded[key]
     return loaded
 
 
-def _items(path: Path) -> list[str]:
-    """The items of a checkpoint. (Orbax's own listing reads the metadata of all of them.)"""
-    return sorted(item.name for item in path.iterdir() if item.is_dir())
+def _homes(path: Path) -> dict[str, Path]:
+    """Item → the checkpoint that holds it. (Orbax's own listing reads the metadata of all of them.)"""
+    frozen = dict.fromkeys(_manifest(path).get("frozen", {}).get("items", ()), path.parent / FROZEN)
+    return dict(sorted((frozen | {item.name: path for item in path.iterdir() if item.is_dir()}).items()))
 
 
 def _stored(path: Path, item: str) -> Any:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from clip_jax import sharding
 from clip_jax.data import transforms
 from clip_jax.data.order import Order, group_by
-from clip_jax.data.pipeline import Element, PairElements
+from clip_jax.data.pipeline import Draws, PairElements, Stream
 from clip_jax.data.sources import find_asset, open_source, texts_of
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import ConfigError
@@ -41,19 +41,18 @@ class ClipTask:
                 f"model.text expects {text.vocab_size} and {text.end_id}"
             )
         source = open_source(config.data.train)
-        self.element_of = PairElements(
-            source=source,
-            order=Order(len(source), config.seed, group_by(texts_of(source)) if config.data.group_by_text else None),
+        groups = group_by(texts_of(source)) if config.data.group_by_text else None
+        self.elements = PairElements(
+            Draws(source, Order(len(source), config.seed, groups), {} if config.data.cache else None),
             tokenizer=self.tokenizer,
             image_size=config.model.vision.image_size,
             context_length=text.context_length,
             augment=transforms.Augmentation(**config.data.augment),
             keyword_rate=config.data.keyword_rate,
-            cache=config.data.cache,
         )
 
-    def element(self, position: int) -> Element:
-        return self.element_of(position)
+    def streams(self) -> Mapping[str, Stream]:
+        return {"pairs": Stream(self.elements, self.config.batch_size)}
 
     def init(self, rng: jax.Array) -> tuple[PyTree, PyTree]:
         size = self.config.model.vision.image_size

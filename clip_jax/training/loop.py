@@ -43,7 +43,8 @@ def train(config: ml_collections.ConfigDict, task: Task, workdir: Path, mesh: Me
       TrainingError: a workdir of another config, a non-finite loss, too many bad records.
       CheckpointError: checkpoints that are damaged or do not fit the model.
     """
-    sharding.check_batch(config.batch_size, mesh)
+    for stream in task.streams().values():
+        sharding.check_batch(stream.batch_size, mesh)
     claim_workdir(workdir, config)
     rules = sharding.rules_of(config.sharding_rules)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -88,6 +89,8 @@ class _Run:
         writer: MetricsWriter | None,
     ):
         self.config, self.task, self.mesh = config, task, mesh
+        self.streams = task.streams()
+        self.batch_size = sum(stream.batch_size for stream in self.streams.values())
         self.checkpointer, self.writer = checkpointer, writer
         self.metadata = run_metadata(config, task)
         self.workdir = workdir
@@ -96,22 +99,22 @@ class _Run:
         self.drawn = self.rejected = 0
         self.waited = 0.0
 
-    def batches(self, start: int) -> Iterator[tuple[dict[str, jax.Array], int]]:
-        """Batches on the devices, one transferred ahead, each with its count of bad records here."""
-        config, where = self.config, sharding.batch_sharding(self.mesh)
-        read = Batches(
-            self.task.element,
-            config.batch_size,
-            sharding.local_rows(where, config.batch_size),
-            config.data.threads,
-            config.data.prefetch,
-        )
+    def batches(self, start: int) -> Iterator[tuple[train_state.Batches, int]]:
+        """A batch of every stream on the devices, one step transferred ahead, with their count of bad records here."""
+        data, where = self.config.data, sharding.batch_sharding(self.mesh)
+        sizes = {name: stream.batch_size for name, stream in self.streams.items()}
+        read = {
+            name: Batches(
+                stream.element, sizes[name], sharding.local_rows(where, sizes[name]), data.threads, data.prefetch
+            )
+            for name, stream in self.streams.items()
+        }
 
-        def placed() -> Iterator[tuple[dict[str, jax.Array], int]]:
-            for batch in read(start, config.steps):
-                arrays = dict(batch)
-                rejected = int(np.sum(arrays.pop("rejected", 0)))
-                yield sharding.put_batch(arrays, where, config.batch_size), rejected
+        def placed() -> Iterator[tuple[train_state.Batches, int]]:
+            for parts in zip(*(batches(start, self.config.steps) for batches in read.values()), strict=True):
+                arrays = {name: dict(part) for name, part in zip(read, parts, strict=True)}
+                rejected = sum(int(np.sum(part.pop("rejected", 0))) for part in arrays.values())
+                yield {name: sharding.put_batch(part, where, sizes[name]) for name, part in arrays.items()}, rejected
 
         ahead = None
         for current in placed():
@@ -145,7 +148,7 @@ class _Run:
                 pending = None
                 if log or last:
                     elapsed = time.perf_counter() - window_start
-                    examples = (step - window_step) * config.batch_size
+                    examples = (step - window_step) * self.batch_size
                     values |= {
                         "examples_per_second": examples / elapsed,
                         "data_wait_share": self.waited / elapsed,
@@ -177,7 +180,7 @@ class _Run:
 
     def count_rejected(self, rejected: int) -> None:
         """Raises TrainingError when the share of bad records among those drawn passes the limit."""
-        self.drawn += self.config.batch_size
+        self.drawn += self.batch_size
         self.rejected += rejected
         limit = self.config.data.max_rejected_share
         if self.drawn >= 1000 and self.rejected > limit * self.drawn:
@@ -206,21 +209,27 @@ def first_state(task: Task, create: Any, abstract: TrainState, shardings: TrainS
     def without_sources(state: TrainState) -> TrainState:
         return replace(state, trainable=drop(state.trainable), frozen=drop(state.frozen))
 
+    # Read first: what does not fit is said before anything is computed.
+    read: dict[str, Any] = {}
+    statistics: dict[str, dict[str, Any]] = {}
+    for name, path in sources.items():
+        where, item = checkpoint.latest(Path(path)), f"params.{name}"
+        logging.info("%s: parameters from %s", name, where)
+        checkpoint.verify(where, [item])
+        read |= checkpoint.restore(where, {item: {name: abstract.params[name]}})[item]
+        for collection, towers in abstract.model_state.items():
+            if name in towers:  # BatchNorm statistics belong to the tower
+                placed = jax.tree.map(lambda leaf: leaf.sharding, towers[name])
+                statistics.setdefault(collection, {})[name] = checkpoint.load(
+                    where, f"state/{collection}/{name}", placed
+                )
+
     # What is dropped from the output is dead code to XLA: a tower that is read is never drawn at random.
     state = jax.jit(lambda rng: without_sources(sharding.unbox(create(rng))), out_shardings=without_sources(shardings))(
         jax.random.key(seed)
     )
-    params, model_state = dict(state.params), jax.tree.map(lambda x: x, state.model_state)
-    for name, path in sources.items():
-        where = checkpoint.latest(Path(path))
-        logging.info("%s: parameters from %s", name, where)
-        item = f"params.{name}"
-        checkpoint.verify(where, [item])
-        params |= checkpoint.restore(where, {item: {name: abstract.params[name]}})[item]
-        for collection, towers in abstract.model_state.items():
-            if name in towers:  # BatchNorm statistics belong to the tower
-                placed = jax.tree.map(lambda leaf: leaf.sharding, towers[name])
-                model_state[collection][name] = checkpoint.load(where, f"state/{collection}/{name}", placed)
+    params = state.params | read
+    model_state = {key: towers | statistics.get(key, {}) for key, towers in state.model_state.items()}
     trainable, frozen = train_state.partition(params, train_state.leaf_paths(abstract.frozen).__contains__)
     return replace(state, trainable=trainable, frozen=frozen, model_state=model_state)
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from clip_jax.errors import ConfigError
+
 PyTree = Any
 
-# Weight decay skips gains, biases and the temperature. Told by name: with heads split and layers stacked,
+# Weight decay skips gains, biases, gates and the temperature. Told by name: with heads split and layers stacked,
 # a bias is not a vector any more.
-NO_DECAY = r"(^|/)(bias|scale|class_embedding|logit_scale|logit_bias)$"
+NO_DECAY = r"(^|/)(bias|scale|class_embedding|logit_scale|logit_bias|attention_gate|mlp_gate)$"
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -21,13 +24,25 @@ def path_string(path: tuple[Any, ...]) -> str:
     return "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
 
 
-def decay_mask(params: PyTree) -> PyTree:
-    """True where weight decay applies."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not re.search(NO_DECAY, path_string(path)), params)
+def decay_mask(params: PyTree, no_decay: str = "") -> PyTree:
+    """True where weight decay applies. `no_decay`: a pattern for the start of further paths that it skips."""
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        name = path_string(path)
+        return not re.search(NO_DECAY, name) and not (no_decay and re.match(no_decay, name))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
-    """Linear from 0 to `lr` in `warmup_steps`, then a cosine to 0 at the last step."""
+    """Linear from 0 to `lr` in `warmup_steps`, then a cosine to 0 at the last step, or constant.
+
+    Raises ConfigError for another `decay`.
+    """
+    if config.decay == "constant":
+        return optax.warmup_constant_schedule(0.0, config.lr, config.warmup_steps)
+    if config.decay != "cosine":
+        raise ConfigError(f"optimizer.decay {config.decay!r}: expected cosine or constant")
     return optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup_steps, max(steps, config.warmup_steps + 1))
 
 
@@ -49,7 +64,7 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(config.weight_decay, mask=partial(decay_mask, no_decay=config.no_decay)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
         clamp_logit_scale(config.max_logit_scale),
     )

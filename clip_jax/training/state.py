@@ -84,36 +84,48 @@ def abstract_state(
     return shapes, jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
-def train_step_fn(
-    task: Task, optimizer: optax.GradientTransformation, seed: int
-) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """The step, a pure function of state and batch: randomness is a function of (seed, step)."""
+Batches = Mapping[str, Mapping[str, jax.Array]]  # stream → its batch
+Step = Callable[[TrainState, Batches], tuple[TrainState, Metrics]]
 
-    def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+
+def train_step_fn(task: Task, optimizer: optax.GradientTransformation, seed: int) -> Step:
+    """The step, a pure function of state and batches: randomness is a function of (seed, step, stream).
+
+    Gradients of the streams are accumulated with their weights, as Flamingo's were (arXiv 2204.14198 §2.4).
+    """
+    weights = {name: stream.weight for name, stream in task.streams().items()}
+
+    def train_step(state: TrainState, batches: Batches) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def loss_fn(trainable: PyTree) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
-            return task.loss(trainable, state.frozen, state.model_state, batch, rng)
+        def weighted_loss(
+            trainable: PyTree, model_state: PyTree, name: str, key: jax.Array
+        ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+            loss, (metrics, new) = task.loss(trainable, state.frozen, model_state, batches[name], key)
+            return weights[name] * loss, ({"loss": loss} | metrics, new)
 
-        (loss, (metrics, model_state)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
+        gradients = jax.tree.map(jnp.zeros_like, state.trainable)
+        total, model_state, metrics = jnp.zeros(()), state.model_state, {}
+        for number, name in enumerate(weights):
+            key = jax.random.fold_in(rng, number)
+            (loss, (shown, model_state)), part = jax.value_and_grad(weighted_loss, has_aux=True)(
+                state.trainable, model_state, name, key
+            )
+            total, gradients = total + loss, jax.tree.map(jnp.add, gradients, part)
+            metrics |= shown if len(weights) == 1 else {f"{name}/{k}": value for k, value in shown.items()}
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **metrics}
         return replace(
             state,
             step=state.step + 1,
             trainable=optax.apply_updates(state.trainable, updates),
             model_state=model_state,
             opt_state=opt_state,
-        ), metrics
+        ), metrics | {"loss": total, "gradient_norm": optax.global_norm(gradients)}
 
     return train_step
 
 
-def jit_train_step(
-    step: Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]],
-    shardings: TrainState,
-    mesh: Mesh,
-) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+def jit_train_step(step: Step, shardings: TrainState, mesh: Mesh) -> Step:
     """The step jitted and donated, its outputs pinned: left to XLA, a restored run would not be bit-identical."""
     return jax.jit(
         step,

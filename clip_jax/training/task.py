@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from clip_jax.data.pipeline import Element
+from clip_jax.data.pipeline import Stream
 
 PyTree = Any
 
@@ -20,17 +20,23 @@ class Task(Protocol):
         ...
 
     def sources(self) -> Mapping[str, str]:
-        """Where subtrees come from that are not initialised: top-level key of params → checkpoint directory."""
+        """Where subtrees come from that are not initialised: top-level key of params → checkpoint directory.
+
+        Asked when a run starts, not when it resumes. Raises ConfigError where a source does not fit the task.
+        """
         ...
 
     def loss(
         self, trainable: PyTree, frozen: PyTree, state: PyTree, batch: Mapping[str, jax.Array], rng: jax.Array
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
-        """(loss, (metrics, new state)), all means over the global batch. Runs inside the jitted step."""
+        """(loss, (metrics, new state)) of a batch of one stream, all means over it. Runs inside the jitted step."""
         ...
 
-    def element(self, position: int) -> Element:
-        """The training example at a position: a pure function. May hold `rejected`, a count of bad records."""
+    def streams(self) -> Mapping[str, Stream]:
+        """What is trained on. A step draws a batch of every stream and accumulates their weighted gradients.
+
+        An element is a pure function of its position. It may hold `rejected`, a count of bad records.
+        """
         ...
 
     def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh) -> dict[str, float]:

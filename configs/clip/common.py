@@ -44,6 +44,8 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.lr = 5e-4
     optimizer.warmup_steps = 2000
+    optimizer.decay = "cosine"
+    optimizer.no_decay = ""  # a pattern for the start of paths without weight decay, beside gains and biases
     vit = config.model.vision.kind == "vit"
     optimizer.b1 = 0.9
     optimizer.b2 = 0.98 if vit else 0.999

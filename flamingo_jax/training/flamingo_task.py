@@ -1,0 +1,157 @@
+"""Flamingo as a task: a frozen tower and a frozen language model from checkpoints, the parts between them trained."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from clip_jax import sharding
+from clip_jax.data import transforms
+from clip_jax.data.pipeline import Stream
+from clip_jax.data.sources import open_source
+from clip_jax.errors import ConfigError
+from clip_jax.training import checkpoint
+from clip_jax.training.state import merge
+from flamingo_jax.data.documents import Shape
+from flamingo_jax.data.emoji import EmojiDocuments
+from flamingo_jax.data.tokenizer import open_tokenizer
+from flamingo_jax.models.variants import build_flamingo
+from flamingo_jax.training.language_model_task import check_vocabulary
+from flamingo_jax.training.losses import next_token_losses
+
+PyTree = Any
+FROZEN = ("vision/", "language_model/")
+
+
+class FlamingoTask:
+    """Next-token prediction on documents with images: a mixture of pages, pairs and clips.
+
+    Raises ConfigError where the tokenizer does not fit the language model, DataError where data are missing.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.model = build_flamingo(config.model)
+        self.tokenizer = open_tokenizer(config.data.tokenizer, config.data.bos)
+        vocab_size = config.model.language_model.vocab_size
+        check_vocabulary(self.tokenizer, config.data.tokenizer, vocab_size)
+        self.end_id = vocab_size  # the first id beyond the language model's: <EOC>
+        self.image_size = config.model.vision.image_size
+
+    def shape(self, images: int, tokens: int) -> Shape:
+        """The shape of documents of so many images and tokens."""
+        return Shape(images, self.config.model.resampler.frames, self.image_size, tokens)
+
+    def streams(self) -> Mapping[str, Stream]:
+        data = self.config.data
+        source = open_source(data.train)
+        return {
+            name: Stream(
+                EmojiDocuments(
+                    kind=name,
+                    source=source,
+                    seed=self.config.seed + number,
+                    tokenizer=self.tokenizer,
+                    shape=Shape(part.images, part.frames, self.image_size, part.tokens),
+                    end_id=self.end_id,
+                    augment=transforms.Augmentation(**data.augment),
+                    next_rate=data.next_rate,
+                ),
+                part.batch_size,
+                part.weight,
+            )
+            for number, (name, part) in enumerate(data.mixture.items())
+        }
+
+    def init(self, rng: jax.Array) -> tuple[PyTree, PyTree]:
+        R, S = self.config.model.resampler.frames, self.image_size
+        batch = {
+            "media": jnp.zeros((1, 1, R, S, S, 3), jnp.float32),
+            "frame_mask": jnp.ones((1, 1, R), bool),
+            "text": jnp.zeros((1, 2), jnp.int32),
+            "text_mask": jnp.ones((1, 2), bool),
+            "media_mask": jnp.ones((1, 2, 1), bool),
+        }
+        variables = dict(self.model.init(rng, batch))
+        return variables.pop("params"), variables
+
+    def sources(self) -> Mapping[str, str]:
+        """Where the tower and the language model come from; their own words are compared with the config first."""
+        model, data = self.config.model, self.config.data
+        found = {}
+        for name in ("vision", "language_model"):
+            path = self.config.init[name]
+            if not path:
+                raise ConfigError(f"init.{name} is empty: name the run or checkpoint that it is taken from")
+            found[name] = checkpoint.metadata(checkpoint.latest(Path(path))).get("model", {})
+        clip, lm = found["vision"], found["language_model"]
+        if "towers" not in clip or "vision" not in clip["towers"]:
+            raise ConfigError(f"init.vision={self.config.init.vision}: a {clip.get('family')} checkpoint, without a tower `vision`")
+        if "language_model" not in lm:
+            raise ConfigError(
+                f"init.language_model={self.config.init.language_model}: a {lm.get('family')} checkpoint, without a language model"
+            )
+        compare("init.vision", clip["towers"]["vision"], model.vision.to_dict(), ("remat",))
+        ours = {"embed_dim": model.embed_dim, "activation": model.activation}
+        compare("init.vision", {key: clip[key] for key in ours}, ours)
+        preprocess = {"mean": list(data.mean), "std": list(data.std)}
+        compare("init.vision", {key: clip["preprocess"][key] for key in preprocess}, preprocess)
+        compare("init.language_model", lm["language_model"], model.language_model.to_dict())
+        digests = {"tokenizer.sha256": self.tokenizer.digest()}
+        compare("init.language_model", {"tokenizer.sha256": lm["tokenizer"]["sha256"]}, digests)
+        return dict(self.config.init)
+
+    def loss(
+        self, trainable: PyTree, frozen: PyTree, state: PyTree, batch: Mapping[str, jax.Array], rng: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
+        losses, mask = self.token_losses({"params": merge(trainable, frozen), **state}, batch)
+        gates = trainable["gated"]
+        mean_gate = jnp.abs(jnp.tanh(jnp.concatenate([gates["attention_gate"], gates["mlp_gate"]]))).mean()
+        return (losses * mask).sum() / jnp.maximum(mask.sum(), 1), ({"gate": mean_gate}, state)
+
+    def token_losses(self, variables: PyTree, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """(losses, mask of those that count), [B, L - 1] each."""
+        logits = self.model.apply(variables, self.inputs(batch))
+        return next_token_losses(logits, batch["text"]), batch["loss_mask"][:, 1:].astype(logits.dtype)
+
+    def inputs(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """A batch as the model takes it: uint8 images normalised, on the device."""
+        media = transforms.normalize(batch["media"], self.config.data.mean, self.config.data.std)
+        return {**batch, "media": media}
+
+    def abstract_variables(self) -> tuple[PyTree, PyTree]:
+        """(params, state) as shapes with their shardings on the task's mesh; nothing is allocated."""
+        boxed = jax.eval_shape(self.init, jax.random.key(0))
+        params, state = sharding.abstract(boxed, self.mesh, sharding.rules_of(self.config.sharding_rules))
+        return params, state
+
+    def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh) -> dict[str, float]:
+        """Answers and losses on held-out pictures, with the right images, with shuffled ones and with none."""
+        from flamingo_jax.evaluation.few_shot import evaluate
+
+        return evaluate(self, params, state, mesh, count=self.config.evaluation.quick).headline()
+
+    def metadata(self) -> dict[str, Any]:
+        model = self.config.model
+        return {
+            "family": "flamingo",
+            "flamingo": model.to_dict(),
+            "tokenizer": {"file": Path(self.config.data.tokenizer).name, "sha256": self.tokenizer.digest()},
+            "preprocess": {
+                "image_size": self.image_size,
+                "mean": list(self.config.data.mean),
+                "std": list(self.config.data.std),
+            },
+        }
+
+
+def compare(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
+    """Raises ConfigError for the first field of a checkpoint that is not the config's."""
+    for key in sorted((theirs.keys() | ours.keys()) - set(but)):
+        a, b = (tuple(x) if isinstance(x := side.get(key), list | tuple) else x for side in (theirs, ours))
+        if a != b:
+            raise ConfigError(f"{what}: {key} is {a!r} in the checkpoint; this config expects {b!r}")

@@ -1,0 +1,11 @@
+"""The loss of a language model. B batch, L text length, V vocabulary."""
+
+import jax
+import jax.numpy as jnp
+
+
+def next_token_losses(logits_BxLxV: jax.Array, text_BxL: jax.Array) -> jax.Array:
+    """-log p of each token but the first, given those before it, in nats. [B, L - 1], float32 or wider."""
+    logits_BxLxV = logits_BxLxV[:, :-1].astype(jnp.promote_types(logits_BxLxV.dtype, jnp.float32))
+    chosen = jnp.take_along_axis(logits_BxLxV, text_BxL[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BxLxV, axis=-1) - chosen
