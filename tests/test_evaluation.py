@@ -6,27 +6,42 @@ import numpy as np
 import pytest
 from conftest import ORACLES
 
+from clip_jax.errors import DataError
 from clip_jax.evaluation import retrieval, zero_shot
+
+WAYS = {
+    "image_to_text_": ("recall_i2t_stable", "paired_image_to_text"),
+    "": ("recall_t2i_stable", "paired_text_to_image"),
+}
+RECALLS = [f"recall_at_{k}" for k in (1, 5, 10)]
 
 
 def test_recall_is_the_peers_ties_and_all() -> None:
     inputs, expected = (np.load(ORACLES / "metrics" / f"{part}.npz") for part in ("inputs", "expected"))
-    similarity, owner = inputs["similarity"], inputs["caption_owner"]
-    relevant = owner[None, :] == np.arange(len(similarity))[:, None]
-    to_text = retrieval.first_ranks(similarity, relevant)
-    to_image = retrieval.first_ranks(similarity.T, relevant.T)
-    for i, k in enumerate((1, 5, 10)):
-        assert retrieval.recall_at(to_text, k) == pytest.approx(expected["recall_i2t_stable"][i], abs=1e-9)
-        assert retrieval.recall_at(to_image, k) == pytest.approx(expected["recall_t2i_stable"][i], abs=1e-9)
+    figures = retrieval.both_ways(inputs["similarity"], inputs["caption_owner"])
+    for way, (key, _) in WAYS.items():
+        np.testing.assert_allclose([figures[way + name] for name in RECALLS], expected[key], atol=1e-9)
 
 
 def test_mean_and_median_ranks_are_the_peers() -> None:
     inputs, expected = (np.load(ORACLES / "metrics" / f"{part}.npz") for part in ("inputs", "expected"))
     similarity = inputs["paired_image"] @ inputs["paired_text"].T
-    for matrix, key in ((similarity, "paired_image_to_text"), (similarity.T, "paired_text_to_image")):
-        ranks = retrieval.first_ranks(matrix, np.eye(len(matrix), dtype=bool))
-        got = [retrieval.recall_at(ranks, k) for k in (1, 5, 10)]
-        np.testing.assert_allclose(got, expected[key][:3], atol=1e-9)
+    figures = retrieval.both_ways(similarity, np.arange(len(similarity)))
+    for way, (_, key) in WAYS.items():
+        got = [figures[way + name] for name in (*RECALLS, "mean_rank", "median_rank")]
+        np.testing.assert_allclose(got, expected[key], atol=1e-9)
+
+
+def test_the_median_of_an_even_number_is_cut_off() -> None:
+    ranks = np.array([0, 1, 4, 9])
+    assert retrieval.mean_rank(ranks) == 4.5
+    assert retrieval.median_rank(ranks) == 3.0
+
+
+@pytest.mark.parametrize("owner", [[0, 0, 1], [0, 1, 3], [-1, 1, 2]])
+def test_an_image_without_caption_is_refused(owner: list[int]) -> None:
+    with pytest.raises(DataError, match="expected each of the images 0 to 2, and no other"):
+        retrieval.both_ways(np.eye(3), np.array(owner))
 
 
 def test_ties_go_to_the_lower_index() -> None:
