@@ -1,6 +1,6 @@
 """From nothing to a report: each stage is a command that can be run by itself.
 
-    python -m launch.quickstart [--workdir runs/quickstart] [--config configs/clip/quickstart.py]
+    python -m launch.quickstart [--workdir runs/quickstart] [--mode debug]
 
 Run again, it goes on where it stopped, or says that all is done.
 """
@@ -27,11 +27,24 @@ class Stage:
     is_done: Callable[[], bool]
 
 
-def stages(workdir: Path, config: str) -> list[Stage]:
-    clip = workdir / "clip"
+def stages(workdir: Path, mode: str) -> list[Stage]:
+    """`mode` "debug" takes every config at its smallest."""
+    clip, lm, flamingo = (workdir / name for name in ("clip", "language_model", "flamingo"))
+
+    def train(config: str, run: Path, *more: str) -> Stage:
+        file = f"configs/{config}.py" + (f":{mode}" if mode else "")
+        arguments = ("launch.train", "--config", file, "--workdir", str(run), *more)
+        return Stage(f"train {run.name}", arguments, lambda: is_trained(run))
+
+    def evaluate(run: Path) -> Stage:
+        return Stage(f"evaluate {run.name}", ("launch.evaluate", "--workdir", str(run)), lambda: is_evaluated(run))
+
     return [
-        Stage("train", ("launch.train", "--config", config, "--workdir", str(clip)), lambda: is_trained(clip)),
-        Stage("evaluate", ("launch.evaluate", "--workdir", str(clip)), lambda: is_evaluated(clip)),
+        train("clip/quickstart", clip),
+        evaluate(clip),
+        train("flamingo/quickstart_lm", lm),
+        train("flamingo/quickstart", flamingo, f"--config.init.vision={clip}", f"--config.init.language_model={lm}"),
+        evaluate(flamingo),
         Stage("report", ("launch.report", "--workdir", str(workdir)), lambda: is_reported(workdir)),
     ]
 
@@ -52,8 +65,8 @@ def is_evaluated(run: Path) -> bool:
 
 
 def is_reported(workdir: Path) -> bool:
-    report, results = workdir / "report.html", workdir / "clip" / "evaluation.json"
-    return report.exists() and results.exists() and report.stat().st_mtime > results.stat().st_mtime
+    report, results = workdir / "report.html", [workdir / run / "evaluation.json" for run in ("clip", "flamingo")]
+    return report.exists() and all(r.exists() and report.stat().st_mtime > r.stat().st_mtime for r in results)
 
 
 def run(stage: Stage, seconds_file: Path) -> int:
@@ -70,12 +83,12 @@ def run(stage: Stage, seconds_file: Path) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m launch.quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--config", default="configs/clip/quickstart.py", help="FILE or FILE:debug")
+    parser.add_argument("--mode", choices=["", "debug"], default="", help="debug: everything at its smallest")
     arguments = parser.parse_args(argv)
     workdir: Path = arguments.workdir
     workdir.mkdir(parents=True, exist_ok=True)
 
-    todo = stages(workdir, arguments.config)
+    todo = stages(workdir, arguments.mode)
     for number, stage in enumerate(todo, 1):
         title = f"[{number}/{len(todo)}] {stage.name}"
         if stage.is_done():
@@ -85,18 +98,28 @@ def main(argv: list[str] | None = None) -> None:
         code = run(stage, workdir / "seconds.json")
         if code:
             sys.exit(f"{title}: stopped with exit code {code}; `make quickstart` goes on from here")
-    print_headline(json.loads((workdir / "summary.json").read_text())["clip"])
+    print_headline(json.loads((workdir / "summary.json").read_text()))
     print(f"all done: {workdir / 'report.html'}")
 
 
-def print_headline(clip: dict) -> None:
+def print_headline(summary: dict) -> None:
     for source, key, what in (
         ("held_out_style", "top1", "top-1 of {classes} names, in a style never seen"),
         ("held_out_style", "recall_at_5", "of names find their picture among the first 5, in that style"),
         ("unseen_concepts", "top1", "top-1 of {classes} names never seen, in seen styles"),
     ):
-        figures = clip[source]
+        figures = summary["clip"][source]
         print(f"{figures[key]:6.1%} {what.format(**figures)} (chance {figures['chance'][key]:.2%})")
+    answers, captions = summary["flamingo"]["answers"], summary["flamingo"]["captions"]
+    low, high = (100 * x for x in answers["interval"])
+    print(
+        f"{answers['true_images']:6.1%} of {answers['questions']} questions about things never seen, in that style, "
+        f"answered rightly (chance {answers['chance']['all']:.1%})\n       with other images {answers['shuffled_images']:.1%}, "
+        f"with none {answers['no_images']:.1%}: the right ones matter by {low:.1f} to {high:.1f} points"
+    )
+    for key in (k for k in captions if k.startswith("shots_")):
+        other = captions[key]["shuffled_images"]["cider"]
+        print(f"{captions[key]['cider']:6.2f} CIDEr of captions with {key[6:]} shots (other images {other:.2f})")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,8 @@ class _Run:
                     self.checkpointer.save(state, step, self.metadata | {"step": step})
                 if evaluate:
                     results = self.task.evaluate(state.params, state.model_state, self.mesh)
-                    self.write(step, {f"evaluation/{name}": value for name, value in results.items()})
+                    if results:
+                        self.write(step, {f"evaluation/{name}": value for name, value in results.items()})
                 window_start += time.perf_counter() - paused  # speed is that of training alone
             self.bar.update(1)
         return state

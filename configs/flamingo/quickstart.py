@@ -24,6 +24,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.init.vision = "runs/quickstart/clip"
     config.init.language_model = "runs/quickstart/language_model"
     config.data.tokenizer = "wordnet/tokenizer.json"
+    config.evaluation.quick = 0  # the next stage evaluates
     # As in the paper, pages count most and clips least.
     config.data.mixture.pages = stream(images=5, frames=1, tokens=160, batch_size=16, weight=1.0)
     config.data.mixture.pairs = stream(images=1, frames=1, tokens=32, batch_size=32, weight=0.3)
