@@ -13,7 +13,7 @@ from flamingo_jax.models.variants import get_language_model
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = language_model_config("wordnet")
-    config.steps = 500
+    config.steps = 300
     config.log_every = 10
     config.checkpoint_every = 100
     config.optimizer.lr = 3e-3
