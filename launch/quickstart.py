@@ -114,8 +114,9 @@ def print_headline(summary: dict) -> None:
     low, high = (100 * x for x in answers["interval"])
     print(
         f"{answers['true_images']:6.1%} of {answers['questions']} questions about things never seen, in that style, "
-        f"answered rightly (chance {answers['chance']['all']:.1%})\n       with other images {answers['shuffled_images']:.1%}, "
-        f"with none {answers['no_images']:.1%}: the right ones matter by {low:.1f} to {high:.1f} points"
+        f"answered rightly (chance {answers['chance']['all']:.1%})\n"
+        f"       with other images {answers['shuffled_images']:.1%}, with none {answers['no_images']:.1%}: "
+        f"the right ones matter by {low:.1f} to {high:.1f} points"
     )
     for key in (k for k in captions if k.startswith("shots_")):
         other = captions[key]["shuffled_images"]["cider"]
