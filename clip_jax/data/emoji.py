@@ -26,6 +26,7 @@ from PIL import Image
 
 from clip_jax.data.tokenizer import train_tokenizer
 from clip_jax.errors import DataError
+from clip_jax.files import check_digest
 
 VERSION = "1.0.0"
 SEEN_STYLES = ("noto", "noto-v1", "twemoji", "emojione", "emojione-monotone", "fxemoji", "streamline-emojis")
@@ -105,13 +106,6 @@ def download(cache: Path) -> Reader:
             return json.load(file)
 
     return read
-
-
-def check_digest(path: Path, package: str, sha256: str) -> None:
-    """Raises DataError, naming both digests, where a file is not the pinned one."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise DataError(f"{path} ({package}): sha256 {found}, expected {sha256}")
 
 
 def canonical(code: str) -> str:
