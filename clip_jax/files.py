@@ -1,7 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and packages that are the pinned ones or none."""
 
+import hashlib
 import os
 from pathlib import Path
+
+from clip_jax.errors import DataError
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -12,3 +15,10 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def check_digest(path: Path, package: str, sha256: str) -> None:
+    """Raises DataError, naming both digests, where a file is not the pinned one."""
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise DataError(f"{path} ({package}): sha256 {found}, expected {sha256}")

@@ -191,6 +191,25 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
         checkpointer.restore_latest(wider)
 
 
+def test_imported_parameters_make_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "scale": jnp.ones(3, jnp.bfloat16)}
+    path = tmp_path / "new" / "imported"
+    checkpoint.write(path, {"params.tower": {"tower": tree}}, {"step": 0, "model": {"width": 3}}, {"note.txt": "é"})
+    assert checkpoint.latest(path) == path and (path / "note.txt").read_text() == "é"
+    assert checkpoint.metadata(path) == {"step": 0, "model": {"width": 3}}
+    assert digest(checkpoint.load(path, "params/tower")) == digest(tree)
+    with pytest.raises(CheckpointError, match="imported: exists already"):
+        checkpoint.write(path, {}, {})
+
+    def fail(path: Path) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_manifest", fail)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.write(tmp_path / "new" / "other", {"params.tower": {"tower": tree}}, {})
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["imported"]
+
+
 def test_only_so_many_are_kept(tmp_path: Path) -> None:
     save(tmp_path, sharding.make_mesh({}, jax.devices()[:1]), (1, 2, 3, 4), keep=2)
     assert checkpoint.Checkpointer(tmp_path / "checkpoints", 2).steps() == [3, 4]

@@ -9,6 +9,7 @@ import pytest
 
 from clip_jax.data import packages
 from clip_jax.errors import DataError
+from clip_jax.files import check_digest
 
 PINNED = {"@scope/name": ("1.2.9", "0" * 64)}
 
@@ -17,9 +18,9 @@ def test_digest_mismatch_names_both(tmp_path: Path) -> None:
     path = tmp_path / "package.tgz"
     path.write_bytes(b"content")
     found = hashlib.sha256(b"content").hexdigest()
-    packages.check_digest(path, "package", found)
+    check_digest(path, "package", found)
     with pytest.raises(DataError, match=f"package.tgz .*{found}, expected {'0' * 64}"):
-        packages.check_digest(path, "package", "0" * 64)
+        check_digest(path, "package", "0" * 64)
 
 
 def test_download_without_npm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Pinned npm packages: fetched with the npm client, and believed only with the digest they are pinned to."""
 
-import hashlib
 import logging
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from clip_jax.errors import DataError
+from clip_jax.files import check_digest
 
 
 def download(packages: Mapping[str, tuple[str, str]], cache: Path) -> dict[str, Path]:
@@ -36,13 +36,6 @@ def download(packages: Mapping[str, tuple[str, str]], cache: Path) -> dict[str, 
         check_digest(path, package, sha256)
         tarballs[package] = path
     return tarballs
-
-
-def check_digest(path: Path, package: str, sha256: str) -> None:
-    """Raises DataError, naming both digests, where a file is not the pinned one."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise DataError(f"{path} ({package}): sha256 {found}, expected {sha256}")
 
 
 def read_member(tarball: Path, member: str) -> bytes:

@@ -40,14 +40,11 @@ class TokenizerFile:
             raise DataError(f"{path}: not a readable tokenizer.json ({str(error).splitlines()[0]})") from None
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self._canonical() + "\n")
+        Path(path).write_text(canonical(self._backend) + "\n")
 
     def digest(self) -> str:
         """sha256 of the canonical JSON: whether two tokenizers are the same."""
-        return hashlib.sha256(self._canonical().encode()).hexdigest()
-
-    def _canonical(self) -> str:
-        return json.dumps(json.loads(self._backend.to_str()), ensure_ascii=False, sort_keys=True, indent=0)
+        return hashlib.sha256(canonical(self._backend).encode()).hexdigest()
 
     def _special(self, token: str) -> int:
         index = self._backend.token_to_id(token)
@@ -82,6 +79,11 @@ class Tokenizer(TokenizerFile):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without the special tokens."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+
+def canonical(backend: Backend) -> str:
+    """A tokenizer's JSON, the same for the same tokenizer."""
+    return json.dumps(json.loads(backend.to_str()), ensure_ascii=False, sort_keys=True, indent=0)
 
 
 def clean(text: str) -> str:

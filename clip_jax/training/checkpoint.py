@@ -153,6 +153,35 @@ class Checkpointer:
         return None
 
 
+def write(
+    path: Path, items: Mapping[str, PyTree], metadata: Mapping[str, Any], files: Mapping[str, str] | None = None
+) -> None:
+    """Writes one finished checkpoint of parameters that come from elsewhere; `load` reads it like any other.
+
+    Args:
+      path: the checkpoint itself. It appears when all is written, or not at all.
+      items: e.g. {"params.language_model": {"language_model": tree}}, of numpy or jax arrays.
+      metadata: as JSON; `metadata` returns it.
+      files: name → text of further files in it, which the manifest covers.
+
+    Raises CheckpointError where `path` exists.
+    """
+    path = path.absolute()
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; remove it or name another directory")
+    unfinished = path.with_name(path.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)  # what a killed run left
+    try:
+        ocp.save_checkpointables(unfinished, dict(items), custom_metadata=dict(metadata))
+        for name, text in (files or {}).items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+        write_manifest(unfinished)
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
 def write_manifest(path: Path, frozen: Sequence[str] = ()) -> None:
     """Writes sizes and digests of every file of a committed checkpoint, itself atomically.
 
@@ -247,7 +276,8 @@ def latest(path: Path) -> Path:
 
 def metadata(path: Path) -> dict[str, Any]:
     """The config, the model's metadata and the step of a checkpoint (not verified: see `verify`)."""
-    return dict(ocp.metadata(path, "train").custom_metadata or {})
+    own = next(item for item, home in _homes(path).items() if home == path)
+    return dict(ocp.metadata(path, own).custom_metadata or {})
 
 
 def load(path: str | Path, subtree: str = "params", sharding: Any = None) -> PyTree:

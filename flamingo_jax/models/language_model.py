@@ -100,6 +100,8 @@ class LanguageModel(nn.Module):
                 f"language model of width {self.width}: {self.heads} heads must divide it, "
                 f"and {self.kv_heads} key/value heads must divide them"
             )
+        if self.width // self.heads % 2:
+            raise ConfigError(f"language model: head size {self.width // self.heads} is odd; positions rotate pairs")
         self.embedding_VxD = self.param("embedding", normal(0.02, "vocab", "embed"), (self.vocab_size, self.width))
         self.blocks = nn.scan(
             Block,
