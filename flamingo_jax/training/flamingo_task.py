@@ -1,5 +1,6 @@
 """Flamingo as a task: a frozen tower and a frozen language model from checkpoints, the parts between them trained."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -160,5 +161,6 @@ def compare(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], but: 
     """Raises ConfigError for the first field of a checkpoint that is not the config's."""
     for key in sorted((theirs.keys() | ours.keys()) - set(but)):
         a, b = (tuple(x) if isinstance(x := side.get(key), list | tuple) else x for side in (theirs, ours))
-        if a != b:
+        same = math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float) else a == b
+        if not same:
             raise ConfigError(f"{what}: {key} is {a!r} in the checkpoint; this config expects {b!r}")
