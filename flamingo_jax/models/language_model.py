@@ -92,6 +92,7 @@ class LanguageModel(nn.Module):
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = True  # the embedding is the output projection, too
+    embedding_std: float = 0.02  # at the start
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
@@ -102,7 +103,9 @@ class LanguageModel(nn.Module):
             )
         if self.width // self.heads % 2:
             raise ConfigError(f"language model: head size {self.width // self.heads} is odd; positions rotate pairs")
-        self.embedding_VxD = self.param("embedding", normal(0.02, "vocab", "embed"), (self.vocab_size, self.width))
+        self.embedding_VxD = self.param(
+            "embedding", normal(self.embedding_std, "vocab", "embed"), (self.vocab_size, self.width)
+        )
         self.blocks = nn.scan(
             Block,
             variable_axes={"params": 0},
@@ -113,7 +116,7 @@ class LanguageModel(nn.Module):
         )(**self._block_fields())
         self.final_norm = RMSNorm(self.norm_eps, self.dtype)
         if not self.tied:
-            self.head_VxD = self.param("head", normal(0.02, "vocab", "embed"), (self.vocab_size, self.width))
+            self.head_VxD = self.param("head", normal(self.width**-0.5, "vocab", "embed"), (self.vocab_size, self.width))
 
     def _block_fields(self) -> dict[str, Any]:
         return dict(

@@ -19,7 +19,10 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": dict(
         vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536, rope_theta=100000.0
     ),
-    "wordnet": dict(vocab_size=4096, width=192, layers=4, heads=6, kv_heads=6, mlp_width=512),
+    # An embedding as large as what the blocks add to it: a gate that opens a little then changes little.
+    "wordnet": dict(
+        vocab_size=4096, width=192, layers=4, heads=6, kv_heads=6, mlp_width=512, tied=False, embedding_std=1.0
+    ),
     "debug": dict(vocab_size=4096, width=32, layers=3, heads=4, kv_heads=2, mlp_width=64),
 }
 
@@ -62,7 +65,7 @@ def get_language_model(name: str) -> ml_collections.ConfigDict:
     """The config of a named language model; every field can then be overridden."""
     if name not in LANGUAGE_MODELS:
         raise ConfigError(f"unknown language model {name!r}: expected one of {', '.join(LANGUAGE_MODELS)}")
-    return ml_collections.ConfigDict(dict(rope_theta=10000.0, norm_eps=1e-5, tied=True) | LANGUAGE_MODELS[name])
+    return ml_collections.ConfigDict(dict(rope_theta=10000.0, norm_eps=1e-5, tied=True, embedding_std=0.02) | LANGUAGE_MODELS[name])
 
 
 def get_variant(name: str) -> ml_collections.ConfigDict:

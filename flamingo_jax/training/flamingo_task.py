@@ -102,7 +102,7 @@ class FlamingoTask:
         compare("init.vision", {key: clip[key] for key in ours}, ours)
         preprocess = {"mean": list(data.mean), "std": list(data.std)}
         compare("init.vision", {key: clip["preprocess"][key] for key in preprocess}, preprocess)
-        compare("init.language_model", lm["language_model"], model.language_model.to_dict())
+        compare("init.language_model", lm["language_model"], model.language_model.to_dict(), ("embedding_std",))
         digests = {"tokenizer.sha256": self.tokenizer.digest()}
         compare("init.language_model", {"tokenizer.sha256": lm["tokenizer"]["sha256"]}, digests)
         return dict(self.config.init)
