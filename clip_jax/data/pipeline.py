@@ -125,7 +125,8 @@ def evaluation_batches(
             if start + row < len(source):
                 try:
                     pair = source[start + int(row)]
-                    images[j] = transforms.evaluation_image(transforms.decode(pair.image, pair.key), image_size)
+                    image = transforms.read_image(pair.image, pair.key)
+                    images[j] = transforms.evaluation_image(image, image_size, key=pair.key)
                     good[j] = True
                 except RecordError as error:
                     logging.warning("record left out of the evaluation: %s", error)
