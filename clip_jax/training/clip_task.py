@@ -90,7 +90,7 @@ class ClipTask:
         encoder = self.encoder(params, state, mesh)
         results: dict[str, float] = {}
         for name, spec in self.config.data.evaluate.items():
-            found = evaluate_source(encoder, open_source(spec), tuple(self.config.data.templates)).figures
+            found = evaluate_source(encoder, open_source(spec), self.config.data.templates).figures
             results |= {f"{name}.{key}": found[key] for key in ("top1", "top5", "recall_at_5")}
         return results
 
