@@ -15,7 +15,7 @@ from clip_jax.models.variants import build_two_tower
 from clip_jax.training import checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Loaded:
     """`params` are all the variables: the parameters and, where there are any, BatchNorm statistics."""
 
