@@ -70,7 +70,7 @@ def evaluate_clip(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) -> 
     with sharding.use_mesh(mesh):
         encoder = task.encoder(*load(task, path), mesh)
         for name, spec in tqdm(config.data.evaluate.items(), desc="evaluate", unit="source", dynamic_ncols=True):
-            found[name] = evaluate_source(encoder, open_source(spec), tuple(config.data.templates))
+            found[name] = evaluate_source(encoder, open_source(spec), config.data.templates)
     sources = {name: evaluation.figures for name, evaluation in found.items()}
     return {"sources": sources}, {name: predictions(evaluation) for name, evaluation in found.items()}
 

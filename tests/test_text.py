@@ -10,7 +10,7 @@ from clip_jax.data.sources import ASSETS as CLIP_ASSETS
 from clip_jax.errors import DataError
 from flamingo_jax.data import wordnet
 from flamingo_jax.data.text import ASSETS, open_texts
-from flamingo_jax.data.tokenizer import TextTokenizer, train_text_tokenizer
+from flamingo_jax.data.tokenizer import TextTokenizer, open_tokenizer, train_text_tokenizer
 
 WORDNET = ASSETS / "wordnet" / wordnet.VERSION
 
@@ -69,7 +69,7 @@ def lines() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> TextTokenizer:
-    return TextTokenizer.from_file(WORDNET.parent / "tokenizer.json")
+    return open_tokenizer(WORDNET.parent / "tokenizer.json")
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -203,7 +203,7 @@ def test_tokenizer_is_the_same_in_every_training(tmp_path: Path) -> None:
     for name in ("one", "two"):
         train_text_tokenizer(LINES, 280).save(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert TextTokenizer.from_file(tmp_path / "one").vocab_size == 280
+    assert open_tokenizer(tmp_path / "one").vocab_size == 280
 
 
 def test_texts_too_few_for_the_vocabulary_are_refused() -> None:
@@ -212,7 +212,7 @@ def test_texts_too_few_for_the_vocabulary_are_refused() -> None:
 
 def test_tokenizer_without_the_special_tokens_is_refused() -> None:
     path = CLIP_ASSETS / "emoji" / "tokenizer.json"
-    assert refusal(lambda: TextTokenizer.from_file(path)) == f"{path}: no token <|bos|> in the vocabulary"
+    assert refusal(lambda: open_tokenizer(path)) == f"{path}: no token <|bos|> in the vocabulary"
 
 
 def test_notice_names_the_package_and_its_licence() -> None:

@@ -43,20 +43,19 @@ class Draws:
     order: Order
     cache: dict[int, tuple[Pair, Image.Image]] | None = None
 
-    def __call__(self, position: int, use: Callable[[Pair, Image.Image], T]) -> tuple[T, int, np.random.Generator]:
-        """(what `use` makes of the record, bad records replaced, a generator of this position's own).
+    def __call__(self, position: int, use: Callable[[Pair, Image.Image, np.random.Generator], T]) -> tuple[T, int]:
+        """(what `use` makes of the record and a generator of this position's own, bad records replaced).
 
         `use` may raise RecordError, too. Raises DataError after MAX_ATTEMPTS bad records.
         """
         for attempt in range(MAX_ATTEMPTS):
+            rng = generator(self.order.seed, position, attempt, 2)
             try:
-                made = use(*self._read(self.order.index(position, attempt)))
+                return use(*self._read(self.order.index(position, attempt)), rng), attempt
             except RecordError as error:
                 if str(error) not in _reported:  # once for each record and process
                     _reported.add(str(error))
                     logging.warning("record replaced: %s", error)
-                continue
-            return made, attempt, generator(self.order.seed, position, attempt, 2)
         raise DataError(f"{MAX_ATTEMPTS} bad records in a row at position {position}; see the warnings above")
 
     def _read(self, index: int) -> tuple[Pair, Image.Image]:
@@ -69,11 +68,10 @@ class Draws:
         return found
 
 
-def named(pair: Pair, image: Image.Image) -> tuple[Pair, Image.Image]:
-    """A record as it is. Raises RecordError where its text is empty."""
+def check_named(pair: Pair) -> None:
+    """Raises RecordError where a record's text is empty."""
     if not pair.text.strip():
         raise RecordError(f"{pair.key}: the text is empty")
-    return pair, image
 
 
 @dataclass(frozen=True)
@@ -91,13 +89,13 @@ class PairElements:
     keyword_rate: float = 0.0
 
     def __call__(self, position: int) -> Element:
-        (pair, image), rejected, rng = self.draws(position, named)
-        text = self._text(pair.text, pair.keywords, rng)
-        return {
-            "image": transforms.training_image(image, self.image_size, self.augment, rng),
-            "text": self.tokenizer(text, self.context_length)[0],
-            "rejected": np.int32(rejected),
-        }
+        element, rejected = self.draws(position, self._element)
+        return element | {"rejected": np.array(rejected, np.int32)}
+
+    def _element(self, pair: Pair, image: Image.Image, rng: np.random.Generator) -> Element:
+        check_named(pair)
+        text = self.tokenizer(self._text(pair.text, pair.keywords, rng), self.context_length)[0]
+        return {"image": transforms.training_image(image, self.image_size, self.augment, rng), "text": text}
 
     def _text(self, text: str, keywords: Sequence[str], rng: np.random.Generator) -> str:
         if keywords and rng.random() < self.keyword_rate:
@@ -154,7 +152,8 @@ def evaluation_batches(
             if start + row < len(source):
                 try:
                     pair = source[start + int(row)]
-                    images[j] = transforms.evaluation_image(transforms.decode(pair.image, pair.key), image_size)
+                    image = transforms.read_image(pair.image, pair.key)
+                    images[j] = transforms.evaluation_image(image, image_size, key=pair.key)
                     good[j] = True
                 except RecordError as error:
                     logging.warning("record left out of the evaluation: %s", error)

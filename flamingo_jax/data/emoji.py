@@ -13,7 +13,7 @@ from PIL import Image
 
 from clip_jax.data import transforms
 from clip_jax.data.order import Order, generator, group_by
-from clip_jax.data.pipeline import Draws, Element, named
+from clip_jax.data.pipeline import Draws, Element, check_named
 from clip_jax.data.sources import Pair, PairSource
 from clip_jax.errors import RecordError
 from flamingo_jax.data import questions
@@ -98,28 +98,35 @@ class EmojiDocuments:
         return Document(shot.parts()), rejected
 
     def _clips(self, position: int, rng: np.random.Generator) -> tuple[Document, int]:
-        (pair, image), rejected, _ = self._draws["caption"](position, named)
         move = MOVES[rng.integers(len(MOVES))]
-        clip = Media(moving(image, move, self.shape.frames, self.shape.image_size))
-        return Document(Shot(clip, CAPTION, f"{pair.text}, {move}").parts()), rejected
+
+        def clip(pair: Pair, image: Image.Image, _: np.random.Generator) -> Shot:
+            check_named(pair)
+            frames = moving(image, move, self.shape.frames, self.shape.image_size)
+            return Shot(Media(frames), CAPTION, f"{pair.text}, {move}")
+
+        shot, rejected = self._draws["caption"](position, clip)
+        return Document(shot.parts()), rejected
 
     def _shot(self, task: str, position: int) -> tuple[Shot, int]:
-        (pair, image), rejected, rng = self._draws[task](position, named)
-        pixels = transforms.training_image(image, self.shape.image_size, self.augment, rng)
-        media = Media(pixels[None])
-        if task == "caption":
-            return Shot(media, CAPTION, pair.text), rejected
-        if task == "kind":
-            return Shot(media, question(questions.KIND_QUESTION), questions.KINDS[pair.group]), rejected
-        if task == "colour":
-            # The record has one, but a replacement for a bad one may not.
-            answer = questions.main_colour(transforms.evaluation_image(image, self.shape.image_size)) or "grey"
-            return Shot(media, question(questions.COLOUR_QUESTION), answer), rejected
-        other = pair.text
-        while other == pair.text and len(self._names) > 1:
-            other = self._names[rng.integers(len(self._names))]
-        first, second = (pair.text, other) if rng.random() < 0.5 else (other, pair.text)
-        return Shot(media, question(questions.which_question(first, second)), pair.text), rejected
+        def shot(pair: Pair, image: Image.Image, rng: np.random.Generator) -> Shot:
+            check_named(pair)
+            media = Media(transforms.training_image(image, self.shape.image_size, self.augment, rng)[None])
+            if task == "caption":
+                return Shot(media, CAPTION, pair.text)
+            if task == "kind":
+                return Shot(media, question(questions.KIND_QUESTION), questions.KINDS[pair.group])
+            if task == "colour":
+                # The record has one, but a replacement for a bad one may not.
+                answer = questions.main_colour(transforms.evaluation_image(image, self.shape.image_size)) or "grey"
+                return Shot(media, question(questions.COLOUR_QUESTION), answer)
+            other = pair.text
+            while other == pair.text and len(self._names) > 1:
+                other = self._names[rng.integers(len(self._names))]
+            first, second = (pair.text, other) if rng.random() < 0.5 else (other, pair.text)
+            return Shot(media, question(questions.which_question(first, second)), pair.text)
+
+        return self._draws[task](position, shot)
 
 
 def moving(image: Image.Image, move: str, frames: int, size: int) -> np.ndarray:

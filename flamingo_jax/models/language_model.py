@@ -116,7 +116,9 @@ class LanguageModel(nn.Module):
         )(**self._block_fields())
         self.final_norm = RMSNorm(self.norm_eps, self.dtype)
         if not self.tied:
-            self.head_VxD = self.param("head", normal(self.width**-0.5, "vocab", "embed"), (self.vocab_size, self.width))
+            self.head_VxD = self.param(
+                "head", normal(self.width**-0.5, "vocab", "embed"), (self.vocab_size, self.width)
+            )
 
     def _block_fields(self) -> dict[str, Any]:
         return dict(

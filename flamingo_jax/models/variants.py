@@ -65,7 +65,9 @@ def get_language_model(name: str) -> ml_collections.ConfigDict:
     """The config of a named language model; every field can then be overridden."""
     if name not in LANGUAGE_MODELS:
         raise ConfigError(f"unknown language model {name!r}: expected one of {', '.join(LANGUAGE_MODELS)}")
-    return ml_collections.ConfigDict(dict(rope_theta=10000.0, norm_eps=1e-5, tied=True, embedding_std=0.02) | LANGUAGE_MODELS[name])
+    return ml_collections.ConfigDict(
+        dict(rope_theta=10000.0, norm_eps=1e-5, tied=True, embedding_std=0.02) | LANGUAGE_MODELS[name]
+    )
 
 
 def get_variant(name: str) -> ml_collections.ConfigDict:
