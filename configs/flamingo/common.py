@@ -69,7 +69,7 @@ def language_model_config(name: str) -> ml_collections.ConfigDict:
     config.model = get_language_model(name)
     config.dtype = "float32"
     config.batch_size = 32
-    config.data.train, config.data.evaluate = "wordnet:train", "wordnet:held_out"
+    config.data.train, config.data.evaluate = ("wordnet:train", "prompts:emoji:train"), "wordnet:held_out"
     config.data.tokenizer, config.data.bos = "wordnet/tokenizer.json", "<|bos|>"
     config.data.length = 128
     config.optimizer.decay = "cosine"

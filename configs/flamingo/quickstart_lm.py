@@ -1,4 +1,5 @@
-"""The quickstart's language model: a small decoder on dictionary sentences, for Flamingo to freeze.
+"""The quickstart's language model: a small decoder on dictionary sentences, and on pages of
+questions with blind answers, for Flamingo to freeze.
 
     python -m launch.train --config configs/flamingo/quickstart_lm.py --workdir runs/quickstart/language_model
 
@@ -13,7 +14,7 @@ from flamingo_jax.models.variants import get_language_model
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = language_model_config("wordnet")
-    config.steps = 300
+    config.steps = 400
     config.log_every = 10
     config.checkpoint_every = 100
     config.optimizer.lr = 3e-3

@@ -7,6 +7,7 @@ told from earlier ones; a clip is made of one picture that moves, and its text s
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import SupportsIndex
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from clip_jax.data.pipeline import Draws, Element, check_named
 from clip_jax.data.sources import Pair, PairSource
 from clip_jax.errors import RecordError
 from flamingo_jax.data import questions
-from flamingo_jax.data.documents import Document, Media, Shape, encode, length
+from flamingo_jax.data.documents import IMAGE_TAG, Document, Media, Shape, encode, length
 from flamingo_jax.data.prompts import CAPTION, Shot, question
 from flamingo_jax.data.tokenizer import TextTokenizer
 
@@ -40,6 +41,42 @@ def catalogue(source: PairSource, image_size: int) -> tuple[list[str], list[str]
         except RecordError:
             colours.append(None)
     return names, groups, colours
+
+
+class PromptTexts:
+    """Pages as `EmojiDocuments` has them, but without images, their answers drawn blindly: what a language model
+    reads to know how such pages go and which answers there are. Random access to strings.
+    """
+
+    def __init__(self, source: PairSource, pages: int = 6000, shots: int = 5):
+        names, groups, colours = catalogue(source, 32)
+        self._names = sorted(set(names))
+        self._kinds = sorted({questions.KINDS[group] for group in groups})
+        self._colours = sorted({colour for colour in colours if colour is not None})
+        self._pages, self._shots = pages, shots
+
+    def __len__(self) -> int:
+        return self._pages
+
+    def __getitem__(self, index: SupportsIndex) -> str:
+        rng = generator(int(index), 4)
+        task = TASKS[int(rng.integers(len(TASKS)))]
+        return "".join(
+            f"{IMAGE_TAG}{prompt} {answer}" for prompt, answer in (self._shot(task, rng) for _ in range(self._shots))
+        )
+
+    def _shot(self, task: str, rng: np.random.Generator) -> tuple[str, str]:
+        def one(of: Sequence[str]) -> str:
+            return of[int(rng.integers(len(of)))]
+
+        if task == "caption":
+            return CAPTION, one(self._names)
+        if task == "kind":
+            return question(questions.KIND_QUESTION), one(self._kinds)
+        if task == "colour":
+            return question(questions.COLOUR_QUESTION), one(self._colours)
+        pair = one(self._names), one(self._names)
+        return question(questions.which_question(*pair)), one(pair)
 
 
 @dataclass(frozen=True)

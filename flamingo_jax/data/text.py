@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, SupportsIndex
 
-from clip_jax.data.sources import TfdsRecords
+from clip_jax.data.sources import TfdsRecords, open_source
 from clip_jax.errors import DataError
+from flamingo_jax.data.emoji import PromptTexts
 from flamingo_jax.data.tokenizer import ASSETS
 
 
@@ -42,11 +43,20 @@ def _open_wordnet(split: str) -> TextSource:
     return TfdsTexts(ASSETS / "wordnet" / "1.0.0", split)
 
 
-TEXTS: dict[str, Callable[[str], TextSource]] = {"tfds": _open_tfds, "wordnet": _open_wordnet}
+def _open_prompts(where: str) -> TextSource:
+    return PromptTexts(open_source(where))
+
+
+TEXTS: dict[str, Callable[[str], TextSource]] = {
+    "tfds": _open_tfds,
+    "wordnet": _open_wordnet,
+    "prompts": _open_prompts,
+}
 
 
 def open_texts(spec: str) -> TextSource:
-    """Opens `wordnet:SPLIT` (embedded: pages of dictionary entries) or `tfds:DIRECTORY#SPLIT`.
+    """Opens `wordnet:SPLIT` (embedded: pages of dictionary entries), `tfds:DIRECTORY#SPLIT`, or `prompts:SOURCE`
+    (pages of questions about the pictures of a source of pairs, answered blindly).
 
     Raises DataError for an unknown kind, for what the kind itself refuses, and where there is no text.
     """

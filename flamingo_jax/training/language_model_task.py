@@ -1,7 +1,7 @@
 """A language model as a task: the next token of plain texts. What Flamingo freezes, where nothing better is at hand."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,14 +43,14 @@ class TextOnly(nn.Module):
 class Windows:
     """Windows of L tokens of all texts in a row, each text after a `bos`. Element: text int32 [L]."""
 
-    texts: TextSource
+    texts: Sequence[TextSource]
     tokenizer: TextTokenizer
     length: int
     seed: int
     tokens: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        ids = self.tokenizer.encode_many(self.texts[i] for i in range(len(self.texts)))
+        ids = self.tokenizer.encode_many(texts[i] for texts in self.texts for i in range(len(texts)))
         joined = np.concatenate([np.array([self.tokenizer.bos_id, *row], np.int32) for row in ids])
         if len(joined) < self.length:
             raise ConfigError(f"texts of {len(joined)} tokens: at least one window of {self.length} expected")
@@ -76,7 +76,7 @@ class LanguageModelTask:
         self.tokenizer = open_tokenizer(config.data.tokenizer, config.data.bos)
         check_vocabulary(self.tokenizer, config.data.tokenizer, config.model.vocab_size)
         self.windows = partial(Windows, tokenizer=self.tokenizer, length=config.data.length, seed=config.seed)
-        self.train = self.windows(open_texts(config.data.train))
+        self.train = self.windows([open_texts(spec) for spec in config.data.train])
         self._evaluate = jax.jit(
             lambda params, text: next_token_losses(self.model.apply({"params": params}, text), text)
         )
@@ -98,7 +98,7 @@ class LanguageModelTask:
 
     def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh) -> dict[str, float]:
         """Mean loss in nats a token on held-out texts, its perplexity, and the loss of guessing."""
-        held_out = self.windows(open_texts(self.config.data.evaluate))
+        held_out = self.windows([open_texts(self.config.data.evaluate)])
         size = self.config.batch_size
         where = sharding.batch_sharding(mesh)
         rows = sharding.local_rows(where, size)
