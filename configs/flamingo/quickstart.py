@@ -14,10 +14,10 @@ from flamingo_jax.models.variants import get_variant
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = flamingo_config("emoji")
     emoji_data(config)
-    config.steps = 400
+    config.steps = 700
     config.log_every = 10
     config.checkpoint_every = 100
-    config.optimizer.lr = 2e-3
+    config.optimizer.lr = 3e-3
     config.optimizer.warmup_steps = 30
     config.optimizer.b2 = 0.98
     config.optimizer.decay = "cosine"
@@ -26,8 +26,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.tokenizer = "wordnet/tokenizer.json"
     config.evaluation.quick = 0  # the next stage evaluates
     # As in the paper, pages count most and clips least.
-    config.data.mixture.pages = stream(images=5, frames=1, tokens=160, batch_size=16, weight=1.0)
-    config.data.mixture.pairs = stream(images=1, frames=1, tokens=32, batch_size=32, weight=0.3)
+    config.data.mixture.pages = stream(images=5, frames=1, tokens=160, batch_size=8, weight=1.0)
+    config.data.mixture.pairs = stream(images=1, frames=1, tokens=32, batch_size=16, weight=0.3)
     config.data.mixture.clips = stream(images=1, frames=4, tokens=32, batch_size=8, weight=0.1)
     if arg == "debug":
         config.model = get_variant("debug")
