@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from clip_jax import sharding
 from clip_jax.errors import ConfigError
-from clip_jax.losses import contrastive, contrastive_loss
+from clip_jax.losses import contrastive_loss, ring
 
 TOLERANCE = 1e-5  # of the largest expected value, for the loss and for every gradient
 
@@ -96,7 +96,7 @@ def test_saturated_pairs_keep_their_last_digits(data_mesh: Mesh) -> None:
 
 
 def test_many_tiles_the_last_one_padded(data_mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive, "TILE", 6)
+    monkeypatch.setattr(ring, "TILE", 6)
     rng = np.random.default_rng(3)
     image, text = unit_rows(rng, 64, 8), unit_rows(rng, 64, 8)
     assert_close(ours(data_mesh, image, text, 14.3), dense(rounded(image), rounded(text), 14.3))
