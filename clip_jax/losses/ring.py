@@ -55,9 +55,7 @@ def dot(spec: str, a: Array, b: Array) -> Array:
 
     float32 products are true float32 ones: a TPU's default would round the factors to bfloat16.
     """
-    return jnp.einsum(
-        spec, a.astype(b.dtype), b, precision=lax.Precision.HIGHEST, preferred_element_type=wide(b).dtype
-    )
+    return jnp.einsum(spec, a.astype(b.dtype), b, precision=lax.Precision.HIGHEST, preferred_element_type=wide(b).dtype)
 
 
 def sum_over_pairs(

@@ -34,7 +34,7 @@ class ClipTask:
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         self.config, self.mesh = config, mesh
-        check_loss(config, mesh)
+        check_loss(config)
         self.model = build_two_tower(config.model)
         if config.loss == "sigmoid":  # starts where SigLIP's does (arXiv 2303.15343 §3.2)
             self.model = self.model.clone(init_logit_scale=math.log(10), init_logit_bias=-10.0)
@@ -151,8 +151,8 @@ class ClipTask:
         return transforms.normalize(image, self.config.data.mean, self.config.data.std)
 
 
-def check_loss(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-    """Raises ConfigError where `loss`, `label_smoothing` and `micro_batches` fit neither the model nor the mesh."""
+def check_loss(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError where `loss`, `label_smoothing` or `micro_batches` cannot be."""
     if config.loss not in ("softmax", "sigmoid"):
         raise ConfigError(f"loss {config.loss!r}: expected softmax or sigmoid")
     if not 0 <= config.label_smoothing < 1 or (config.label_smoothing and config.loss != "softmax"):
@@ -160,14 +160,8 @@ def check_loss(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             f"label_smoothing {config.label_smoothing:g} with loss {config.loss}: expected 0 ≤ label_smoothing < 1, "
             "and 0 unless loss is softmax"
         )
-    k, shards = config.micro_batches, sharding.batch_shards(mesh)
-    if k < 1 or config.batch_size % (k * shards):
+    if config.micro_batches > 1 and config.model.vision.kind == "resnet":
         raise ConfigError(
-            f"micro_batches {k}: expected a number that divides the {config.batch_size // shards} examples "
-            f"of each of the {shards} data-parallel parts of a batch of {config.batch_size}"
-        )
-    if k > 1 and config.model.vision.kind == "resnet":
-        raise ConfigError(
-            f"micro_batches {k} with a ResNet: BatchNorm statistics would be those of a micro-batch; "
-            "expected micro_batches 1 or a ViT"
+            f"micro_batches {config.micro_batches} with a ResNet: BatchNorm statistics would be those of a "
+            "micro-batch; expected micro_batches 1 or a ViT"
         )

@@ -9,6 +9,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from clip_jax import sharding
+from clip_jax.errors import ConfigError
 
 PyTree = Any
 
@@ -25,7 +26,16 @@ def in_micro_batches(embed: Callable[[PyTree], PyTree], batch: PyTree, k: int, m
 
     Returns:
       Embeddings [B, …] in the order of the batch. Only they and the inputs grow with k.
+
+    Raises:
+      ConfigError: a device's examples cannot be cut in k.
     """
+    shards, size = sharding.batch_shards(mesh), len(jax.tree.leaves(batch)[0])
+    if k < 1 or size % (k * shards):
+        raise ConfigError(
+            f"micro_batches {k}: expected a divisor of {size // shards}, the examples that each of the {shards} "
+            f"data-parallel parts of the mesh has of a batch of {size}"
+        )
     where = sharding.batch_sharding(mesh)
 
     @jax.checkpoint
