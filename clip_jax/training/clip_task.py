@@ -96,7 +96,7 @@ class ClipTask:
             examples = {key: batch[key] for key in ("image", "text")}
             image, text = in_micro_batches(lambda b: embed(b)[0], examples, self.config.micro_batches, self.mesh)
         _, _, scalars = self.model.apply(variables, {})  # logit_scale, logit_bias
-        over = dict(mesh=self.mesh, axis_names=sharding.BATCH_AXES)
+        over: dict[str, Any] = dict(mesh=self.mesh, axis_names=sharding.BATCH_AXES)
         if self.config.loss == "sigmoid":
             loss = sigmoid_loss(image, text, **scalars, **over)
         else:
