@@ -1,38 +1,21 @@
 """CLIP's symmetric contrastive loss (arXiv 2103.00020 fig. 3), exact over a mesh, nothing N×N in memory.
 
-Every device keeps its own images; the texts travel round the ring of devices, and with them what is
-being summed for their columns. Each tile of logits is used at once for its rows and its columns, and is
-computed again in the backward pass.
+Each tile of logits (see `ring.py`) is used at once for its rows and its columns, and is computed again in
+the backward pass.
 
 Logits enter as differences from the positive pair's, z_ij = scale·(cos_ij - cos_ii): the loss of a row is
 then log(1 + Σ_{j≠i} exp z_ij) and the gradient of its positive logit expm1(-loss), so that neither is lost
 in rounding where the pairs are nearly all matched.
-
-N examples, n of them on each device, D width, t tile side (r of rows, c of columns).
 """
 
-import math
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from clip_jax.errors import ConfigError
-
-Array = jax.Array
-
-TILE = 512  # rows and columns of a tile of logits: 1 MiB in float32
-
-
-class Side(NamedTuple):
-    """One side's embeddings on a device, cut in tiles, and what belongs to each of them."""
-
-    embedding: Array  # [n/t, t, D]
-    positive: Array  # [n/t, t] cosine of the positive pair
-    place: Array  # [n/t, t] int32 position on the device; -1 where a tile is padded
+from clip_jax.losses.ring import Array, dot, shard_axes, sum_over_pairs, wide
 
 
 def contrastive_loss(
@@ -42,15 +25,18 @@ def contrastive_loss(
     *,
     mesh: Mesh,
     axis_names: str | tuple[str, ...],
+    label_smoothing: float = 0.0,
 ) -> Array:
     """Mean over both directions of the cross-entropy of `logit_scale · image · textᵀ`; row i matches row i.
 
     Args:
-      image_embeddings: [N, D], L2-normalised, sharded over `axis_names` on the first axis.
+      image_embeddings: [N, D], L2-normalised, sharded over `axis_names` on the first axis. bfloat16 ones are
+        multiplied in bfloat16, float32 ones in true float32; sums are float32.
       text_embeddings: [N, D], likewise.
       logit_scale: the multiplier exp(t), a scalar.
-      mesh: the mesh; its other axes see replicated values.
+      mesh: the mesh. Over its other axes embeddings are replicated, and so is the work.
       axis_names: the mesh axes over which examples are sharded.
+      label_smoothing: ε; the target is 1 - ε on the pair plus ε/N on every example, as in PyTorch.
 
     Returns:
       A replicated float32 (or wider) scalar. Gradients reach all three arguments.
@@ -58,19 +44,17 @@ def contrastive_loss(
     Raises:
       ConfigError: shapes differ, or the mesh does not divide N.
     """
-    axes = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
-    if image_embeddings.shape != text_embeddings.shape or image_embeddings.ndim != 2:
-        raise ConfigError(
-            f"contrastive_loss: image embeddings {image_embeddings.shape} and text embeddings "
-            f"{text_embeddings.shape}: expected the same [N, D]"
-        )
-    shards = math.prod(mesh.shape[axis] for axis in axes)
-    if image_embeddings.shape[0] % shards:
-        raise ConfigError(
-            f"contrastive_loss: {image_embeddings.shape[0]} examples are not divisible by the {shards} "
-            f"shards of mesh axes {', '.join(axes)}"
-        )
-    return _loss(mesh, axes, image_embeddings, text_embeddings, jnp.asarray(logit_scale))
+    axes = shard_axes("contrastive_loss", image_embeddings, text_embeddings, mesh, axis_names)
+    scale = jnp.asarray(logit_scale)
+    loss = _loss(mesh, axes, image_embeddings, text_embeddings, scale)
+    if not label_smoothing:
+        return loss
+    # Smoothing adds ε·(positive logit - mean logit) to a row's loss, and the mean of all N×N logits is that
+    # of the mean image with the mean text.
+    image_NxD, text_NxD = wide(image_embeddings), wide(text_embeddings)
+    positive = jnp.mean(jnp.sum(image_NxD * text_NxD, axis=-1))
+    mean = jnp.sum(image_NxD.mean(axis=0) * text_NxD.mean(axis=0))
+    return loss + label_smoothing * wide(scale) * (positive - mean)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -104,54 +88,6 @@ def _backward(mesh: Mesh, axes: tuple[str, ...], residuals: tuple[Array, ...], c
 _loss.defvjp(_forward, _backward)
 
 
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _dot(spec: str, a: Array, b: Array) -> Array:
-    """float32 products are true float32 ones: a TPU's default would round the factors to bfloat16."""
-    return jnp.einsum(spec, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=_wide(a).dtype)
-
-
-def _tiles(x: Array) -> Array:
-    """[n, …] → [tiles, t, …], the last tile padded with zeros."""
-    n = x.shape[0]
-    t = min(n, TILE)
-    x = jnp.pad(x, [(0, -n % t)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(-1, t, *x.shape[1:])
-
-
-def _sides(image_nxD: Array, text_nxD: Array, axes: tuple[str, ...]) -> tuple[Side, Side]:
-    n = image_nxD.shape[0]
-    positive = _tiles(jnp.sum(_wide(image_nxD) * _wide(text_nxD), axis=-1))
-    place = lax.pcast(_tiles(jnp.arange(1, n + 1, dtype=jnp.int32)) - 1, axes, to="varying")
-    return Side(_tiles(image_nxD), positive, place), Side(_tiles(text_nxD), positive, place)
-
-
-def _negatives(image: Side, text: Side, home: Array) -> tuple[Array, Array]:
-    """Cosines [r, c] of a tile, and which of them are negative pairs (neither positive nor padding).
-
-    `home` tells that the texts are this device's own, so that equal positions are the positive pairs.
-    """
-    cosine_rxc = _dot("rD,cD->rc", image.embedding, text.embedding)
-    real = (image.place[:, None] >= 0) & (text.place[None, :] >= 0)
-    return cosine_rxc, real & ~(home & (image.place[:, None] == text.place[None, :]))
-
-
-def _ring(step, travelling, staying, axes: tuple[str, ...]):
-    """Runs `step(travelling, staying, k)` once for each device's texts; after the last they are home again."""
-    devices = lax.axis_size(axes)
-    if devices == 1:
-        return step(travelling, staying, jnp.int32(0))
-    onward = [(i, (i + 1) % devices) for i in range(devices)]
-
-    def hop(carry, k):
-        travelling, staying = step(*carry, k)
-        return (lax.ppermute(travelling, axes, onward), staying), None
-
-    return lax.scan(hop, (travelling, staying), jnp.arange(devices, dtype=jnp.int32))[0]
-
-
 def _add_exponentials(state: tuple[Array, Array], z: Array, axis: int) -> tuple[Array, Array]:
     """Adds exp(z), summed over `axis`, to a sum kept as (m, s) for s·exp(m), m ≥ 0 growing as needed."""
     m, s = state
@@ -167,36 +103,23 @@ def _log_1p_sum(state: tuple[Array, Array]) -> Array:
 
 def _local_losses(image_nxD: Array, text_nxD: Array, scale: Array, *, axes: tuple[str, ...]):
     """This device's part: (global loss, row losses [n], column losses [n])."""
-    n = image_nxD.shape[0]
-    images, texts = _sides(image_nxD, text_nxD, axes)
-    scale = _wide(scale)
-    zero = jnp.zeros_like(images.positive)
-    nothing = (zero, zero)  # (m, s) of an empty sum, for every row
+    positive_n = jnp.sum(wide(image_nxD) * wide(text_nxD), axis=-1)
+    zero_n = jnp.zeros_like(positive_n)
+    scale = wide(scale)
 
-    def step(travelling, row_state, k):
-        texts, column_state = travelling
+    def visit(images, texts, row_state, column_state, label_rxc):
+        (image_rxD, positive_r), (text_cxD, positive_c) = images, texts
+        cosine_rxc = dot("rD,cD->rc", image_rxD, text_cxD)
+        z_row = jnp.where(label_rxc < 0, scale * (cosine_rxc - positive_r[:, None]), -jnp.inf)
+        z_column = jnp.where(label_rxc < 0, scale * (cosine_rxc - positive_c[None, :]), -jnp.inf)
+        return _add_exponentials(row_state, z_row, 1), _add_exponentials(column_state, z_column, 0)
 
-        def column_tile(row_state, inputs):
-            text, column_state = inputs
-
-            def row_tile(column_state, inputs):
-                image, row_state = inputs
-                cosine, negative = _negatives(image, text, k == 0)
-                z_row = jnp.where(negative, scale * (cosine - image.positive[:, None]), -jnp.inf)
-                z_column = jnp.where(negative, scale * (cosine - text.positive[None, :]), -jnp.inf)
-                row_state = _add_exponentials(row_state, z_row, 1)
-                return _add_exponentials(column_state, z_column, 0), row_state
-
-            column_state, row_state = lax.scan(row_tile, column_state, (images, row_state))
-            return row_state, column_state
-
-        row_state, column_state = lax.scan(column_tile, row_state, (texts, column_state))
-        return (texts, column_state), row_state
-
-    (_, column_state), row_state = _ring(step, (texts, nothing), nothing, axes)
-    row_loss_n, column_loss_n = (_log_1p_sum(s).reshape(-1)[:n] for s in (row_state, column_state))
+    states = sum_over_pairs(
+        visit, (image_nxD, positive_n), (text_nxD, positive_n), (zero_n, zero_n), (zero_n, zero_n), axes
+    )
+    row_loss_n, column_loss_n = map(_log_1p_sum, states)
     total = lax.psum(jnp.sum(row_loss_n) + jnp.sum(column_loss_n), axes)
-    return total / (2 * n * lax.axis_size(axes)), row_loss_n, column_loss_n
+    return total / (2 * len(zero_n) * lax.axis_size(axes)), row_loss_n, column_loss_n
 
 
 def _local_gradients(
@@ -210,52 +133,37 @@ def _local_gradients(
     axes: tuple[str, ...],
 ):
     """This device's part of the gradients of images [n, D], texts [n, D] and scale (summed over devices)."""
-    n = image_nxD.shape[0]
-    images, texts = _sides(image_nxD, text_nxD, axes)
-    wide_scale = _wide(scale)
-    weight = _wide(cotangent) / (2 * n * lax.axis_size(axes))
-    # The positive pairs' own share; the ring adds the negatives'.
-    positive = (jnp.expm1(-row_loss_n) + jnp.expm1(-column_loss_n))[:, None]
-    image_gradient = _tiles(positive * _wide(text_nxD))
-    text_gradient = _tiles(positive * _wide(image_nxD))
-    scale_gradient = lax.pcast(jnp.zeros((), wide_scale.dtype), axes, to="varying")
+    positive_n = jnp.sum(wide(image_nxD) * wide(text_nxD), axis=-1)
+    wide_scale = wide(scale)
+    weight = wide(cotangent) / (2 * len(positive_n) * lax.axis_size(axes))
 
-    def step(travelling, staying, k):
-        texts, column_losses, text_gradients = travelling
+    def visit(images, texts, image_sums, text_gradient_cxD, label_rxc):
+        image_rxD, positive_r, row_loss_r = images
+        text_cxD, positive_c, column_loss_c = texts
+        image_gradient_rxD, scale_gradient_r = image_sums
+        cosine_rxc = dot("rD,cD->rc", image_rxD, text_cxD)
+        from_row, from_column = cosine_rxc - positive_r[:, None], cosine_rxc - positive_c[None, :]
+        p_rxc = jnp.where(label_rxc < 0, jnp.exp(wide_scale * from_row - row_loss_r[:, None]), 0)
+        q_rxc = jnp.where(label_rxc < 0, jnp.exp(wide_scale * from_column - column_loss_c[None, :]), 0)
+        pull_rxc = weight * wide_scale * (p_rxc + q_rxc)
+        image_gradient_rxD += dot("rc,cD->rD", pull_rxc, text_cxD)
+        text_gradient_cxD += dot("rc,rD->cD", pull_rxc, image_rxD)
+        scale_gradient_r += weight * jnp.sum(p_rxc * from_row + q_rxc * from_column, axis=1)
+        return (image_gradient_rxD, scale_gradient_r), text_gradient_cxD
 
-        def column_tile(staying, inputs):
-            text, column_loss, text_gradient = inputs
-
-            def row_tile(carry, inputs):
-                text_gradient, scale_gradient = carry
-                image, row_loss, image_gradient = inputs
-                cosine, negative = _negatives(image, text, k == 0)
-                from_row = cosine - image.positive[:, None]
-                from_column = cosine - text.positive[None, :]
-                p = jnp.where(negative, jnp.exp(wide_scale * from_row - row_loss[:, None]), 0)
-                q = jnp.where(negative, jnp.exp(wide_scale * from_column - column_loss[None, :]), 0)
-                pull = (p + q).astype(text.embedding.dtype)
-                image_gradient += _dot("rc,cD->rD", pull, text.embedding)
-                text_gradient += _dot("rc,rD->cD", pull, image.embedding)
-                scale_gradient += jnp.sum(p * from_row + q * from_column)
-                return (text_gradient, scale_gradient), image_gradient
-
-            image_gradients, scale_gradient = staying
-            (text_gradient, scale_gradient), image_gradients = lax.scan(
-                row_tile, (text_gradient, scale_gradient), (images, row_losses, image_gradients)
-            )
-            return (image_gradients, scale_gradient), text_gradient
-
-        staying, text_gradients = lax.scan(column_tile, staying, (texts, column_losses, text_gradients))
-        return (texts, column_losses, text_gradients), staying
-
-    row_losses = _tiles(row_loss_n)
-    travelling = (texts, _tiles(column_loss_n), text_gradient)
-    travelling, (image_gradient, scale_gradient) = _ring(step, travelling, (image_gradient, scale_gradient), axes)
-
-    def finish(gradient: Array, like: Array) -> Array:
-        gradient_nxD = gradient.reshape(-1, gradient.shape[-1])[:n]
-        return (weight * wide_scale * gradient_nxD).astype(like.dtype)
-
-    scale_gradient = lax.psum(weight * scale_gradient, axes).astype(scale.dtype)
-    return finish(image_gradient, image_nxD), finish(travelling[2], text_nxD), scale_gradient
+    # The sums start with the positive pairs' own share.
+    own_nx1 = (weight * wide_scale * (jnp.expm1(-row_loss_n) + jnp.expm1(-column_loss_n)))[:, None]
+    (image_gradient_nxD, scale_gradient_n), text_gradient_nxD = sum_over_pairs(
+        visit,
+        (image_nxD, positive_n, row_loss_n),
+        (text_nxD, positive_n, column_loss_n),
+        (own_nx1 * wide(text_nxD), jnp.zeros_like(positive_n)),
+        own_nx1 * wide(image_nxD),
+        axes,
+    )
+    scale_gradient = lax.psum(jnp.sum(scale_gradient_n), axes)
+    return (
+        image_gradient_nxD.astype(image_nxD.dtype),
+        text_gradient_nxD.astype(text_nxD.dtype),
+        scale_gradient.astype(scale.dtype),
+    )

@@ -1,5 +1,6 @@
 """CLIP as a task: two towers, the contrastive loss, zero-shot classification and retrieval."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from clip_jax.data.sources import open_source, texts_of
 from clip_jax.data.tokenizer import load_tokenizer
 from clip_jax.errors import ConfigError
 from clip_jax.evaluation.pairs import Encoder, evaluate_source
-from clip_jax.losses import contrastive_loss
+from clip_jax.losses import contrastive_loss, sigmoid_loss
 from clip_jax.models.variants import build_two_tower
+from clip_jax.training.micro_batches import in_micro_batches
 from clip_jax.training.state import merge
 
 PyTree = Any
@@ -32,7 +34,10 @@ class ClipTask:
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         self.config, self.mesh = config, mesh
+        check_loss(config)
         self.model = build_two_tower(config.model)
+        if config.loss == "sigmoid":  # starts where SigLIP's does (arXiv 2303.15343 §3.2)
+            self.model = self.model.clone(init_logit_scale=math.log(10), init_logit_bias=-10.0)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         text = config.model.text
         if (self.tokenizer.vocab_size, self.tokenizer.end_id) != (text.vocab_size, text.end_id):
@@ -77,12 +82,25 @@ class ClipTask:
     def loss(
         self, trainable: PyTree, frozen: PyTree, state: PyTree, batch: Mapping[str, jax.Array], rng: jax.Array
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
-        inputs = {"image": self._normalize(batch["image"]), "text": batch["text"]}
-        (image, text, extras), new_state = self.model.apply(
-            {"params": merge(trainable, frozen), **state}, inputs, train=True, mutable=list(state)
-        )
-        loss = contrastive_loss(image, text, extras["logit_scale"], mesh=self.mesh, axis_names=sharding.BATCH_AXES)
-        return loss, ({"logit_scale": extras["logit_scale"]}, new_state)
+        variables = {"params": merge(trainable, frozen), **state}
+
+        def embed(batch: Mapping[str, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
+            inputs = {"image": self._normalize(batch["image"]), "text": batch["text"]}
+            (image, text, _), new_state = self.model.apply(variables, inputs, train=True, mutable=list(state))
+            return (image, text), new_state
+
+        if self.config.micro_batches == 1:
+            (image, text), state = embed(batch)
+        else:  # only towers without a state come here
+            examples = {key: batch[key] for key in ("image", "text")}
+            image, text = in_micro_batches(lambda b: embed(b)[0], examples, self.config.micro_batches, self.mesh)
+        _, _, scalars = self.model.apply(variables, {})  # logit_scale, logit_bias
+        over: dict[str, Any] = dict(mesh=self.mesh, axis_names=sharding.BATCH_AXES)
+        if self.config.loss == "sigmoid":
+            loss = sigmoid_loss(image, text, **scalars, **over)
+        else:
+            loss = contrastive_loss(image, text, **scalars, **over, label_smoothing=self.config.label_smoothing)
+        return loss, (scalars, state)
 
     def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh) -> dict[str, float]:
         """The headline figures of each split named in `config.data.evaluate`."""
@@ -130,3 +148,19 @@ class ClipTask:
 
     def _normalize(self, image: jax.Array) -> jax.Array:
         return transforms.normalize(image, self.config.data.mean, self.config.data.std)
+
+
+def check_loss(config: ml_collections.ConfigDict) -> None:
+    """Raises ConfigError where `loss`, `label_smoothing` or `micro_batches` cannot be."""
+    if config.loss not in ("softmax", "sigmoid"):
+        raise ConfigError(f"loss {config.loss!r}: expected softmax or sigmoid")
+    if not 0 <= config.label_smoothing < 1 or (config.label_smoothing and config.loss != "softmax"):
+        raise ConfigError(
+            f"label_smoothing {config.label_smoothing:g} with loss {config.loss}: expected 0 ≤ label_smoothing < 1, "
+            "and 0 unless loss is softmax"
+        )
+    if config.micro_batches > 1 and config.model.vision.kind == "resnet":
+        raise ConfigError(
+            f"micro_batches {config.micro_batches} with a ResNet: BatchNorm statistics would be those of a "
+            "micro-batch; expected micro_batches 1 or a ViT"
+        )

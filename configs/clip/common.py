@@ -11,6 +11,7 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     config.task = "clip"
     config.seed = 0
     config.batch_size = 32768
+    config.micro_batches = 1  # how many parts of a batch are embedded one after the other; the gradient is the same
     config.steps = 390625  # 12.8e9 pairs
     config.log_every = 50
     config.evaluate_every = 5000  # 0: at the end only
@@ -18,6 +19,8 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     config.keep_checkpoints = 2
     config.evaluation_batch_size = 256
 
+    config.loss = "softmax"  # or "sigmoid" (SigLIP)
+    config.label_smoothing = 0.0  # softmax only
     config.model = get_variant(variant)
     config.frozen = ()  # patterns of paths that are not trained: ("vision/.*",)
     config.init = ml_collections.ConfigDict({"vision": "", "text": ""})  # a workdir or checkpoint to start from
