@@ -32,18 +32,20 @@ def train(workdir: Path, *flags: str, devices: int = 1, config: str = CONFIG) ->
     )
 
 
-def rows(workdir: Path) -> list[dict[str, float]]:
-    """Loss, gradient norm and temperature of every step, as written: float32 values survive JSON exactly."""
+def rows(
+    workdir: Path, keys: tuple[str, ...] = ("step", "loss", "gradient_norm", "logit_scale")
+) -> list[dict[str, float]]:
+    """Figures of every step, as written: float32 values survive JSON exactly."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     parsed = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: row[k] for k in ("step", "loss", "gradient_norm", "logit_scale")} for row in parsed if "loss" in row]
+    return [{k: row[k] for k in keys} for row in parsed if "loss" in row]
 
 
-def kill_after(workdir: Path, step: int, devices: int, *flags: str) -> None:
+def kill_after(workdir: Path, step: int, devices: int, *flags: str, config: str = CONFIG) -> None:
     """SIGKILL as soon as a step is logged."""
     with subprocess.Popen(
-        command(workdir, *flags),
+        command(workdir, *flags, config=config),
         cwd=ROOT,
         env=environment(devices),
         stdout=subprocess.DEVNULL,
@@ -51,7 +53,7 @@ def kill_after(workdir: Path, step: int, devices: int, *flags: str) -> None:
     ) as process:
         deadline = time.time() + 300
         while process.poll() is None and time.time() < deadline:
-            if any(row["step"] >= step for row in rows(workdir)):
+            if any(row["step"] >= step for row in rows(workdir, ("step",))):
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.005)
         assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
