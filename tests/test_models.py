@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from clip_jax import sharding
 from clip_jax.errors import ConfigError
+from clip_jax.interop.tensors import read_tensors
 from clip_jax.losses import contrastive_loss
 from clip_jax.models.two_tower import TwoTower
 from clip_jax.models.variants import build_two_tower, get_variant
@@ -55,7 +56,7 @@ def peer_case(name: str) -> tuple[TwoTower, dict, Any, Any, float]:
         config.text.update(text | {"end_id": None})
         config.embed_dim = meta["config"]["embed_dim"]
         config.activation = "quick_gelu" if meta["config"]["quick_gelu"] else "gelu"
-    state = dict(np.load(directory / "weights.npz"))
+    state = read_tensors(directory / "open_clip_model.safetensors")
     variables = open_clip_weights.variables(state, text["heads"], vision_heads)
     inputs, expected = (np.load(directory / f"{part}.npz") for part in ("inputs", "expected"))
     return build_two_tower(config), variables, inputs, expected, meta["tolerance"]["value"]
