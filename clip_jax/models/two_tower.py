@@ -20,12 +20,14 @@ class TwoTower(nn.Module):
     """`{"image": [B,S,S,3] float, "text": [B,L] int32}` → (image_embedding [B,E], text_embedding [B,E], extras).
 
     Embeddings are L2-normalised, float32. Either input may be missing; its embedding is then None.
-    `extras`: `logit_scale` (the multiplier exp(t), a scalar), `image_tokens`, `text_tokens`.
+    `extras`: `logit_scale` (the multiplier exp(t), a scalar), `logit_bias` where there is an initial one
+    (SigLIP, arXiv 2303.15343), `image_tokens`, `text_tokens`.
     """
 
     vision: nn.Module
     text: nn.Module
     init_logit_scale: float = math.log(1 / 0.07)
+    init_logit_bias: float | None = None
 
     @nn.compact
     def __call__(
@@ -33,6 +35,8 @@ class TwoTower(nn.Module):
     ) -> tuple[Array | None, Array | None, dict[str, Any]]:
         t = self.param("logit_scale", nn.initializers.constant(self.init_logit_scale), ())
         extras: dict[str, Any] = {"logit_scale": jnp.exp(t)}
+        if self.init_logit_bias is not None:
+            extras["logit_bias"] = self.param("logit_bias", nn.initializers.constant(self.init_logit_bias), ())
         image_embedding = text_embedding = None
         if "image" in batch:
             pooled, extras["image_tokens"] = self.vision(batch["image"], train=train)

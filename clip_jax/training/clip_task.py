@@ -80,8 +80,9 @@ class ClipTask:
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
         inputs = {"image": self._normalize(batch["image"]), "text": batch["text"]}
         (image, text, extras), new_state = self.model.apply(
-            {"params": merge(trainable, frozen), **state}, inputs, train=True, mutable=list(state)
-        )
+            {"params": merge(trainable, frozen), **state}, inputs, train=True, mutable=list(state),
+            rngs={"dropout": rng},
+        )  # fmt: skip
         loss = contrastive_loss(image, text, extras["logit_scale"], mesh=self.mesh, axis_names=sharding.BATCH_AXES)
         return loss, ({"logit_scale": extras["logit_scale"]}, new_state)
 
