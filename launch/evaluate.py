@@ -49,7 +49,7 @@ def main() -> None:
         encoder = task.encoder(params, model_state, mesh)
         found = {}
         for name, spec in tqdm(config.data.evaluate.items(), desc="evaluate", unit="source", dynamic_ncols=True):
-            found[name] = evaluate_source(encoder, open_source(spec), tuple(config.data.templates))
+            found[name] = evaluate_source(encoder, open_source(spec), config.data.templates)
     sources = {name: evaluation.figures for name, evaluation in found.items()}
     if jax.process_index() == 0:
         shown = {name: predictions(evaluation) for name, evaluation in found.items()}

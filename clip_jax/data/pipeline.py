@@ -46,7 +46,7 @@ class PairElements:
             rng = generator(self.order.seed, position, attempt, 2)
             try:
                 pair, image = self._read(index)
-                text = self._text(pair.key, pair.text, pair.keywords, rng)
+                text = self.tokenizer(self._text(pair.key, pair.text, pair.keywords, rng), self.context_length)[0]
             except RecordError as error:
                 if str(error) not in _reported:  # once for each record and process
                     _reported.add(str(error))
@@ -54,7 +54,7 @@ class PairElements:
                 continue
             return {
                 "image": transforms.training_image(image, self.image_size, self.augment, rng),
-                "text": self.tokenizer(text, self.context_length)[0],
+                "text": text,
                 "rejected": np.int32(attempt),
             }
         raise DataError(f"{MAX_ATTEMPTS} bad records in a row at position {position}; see the warnings above")
@@ -125,7 +125,8 @@ def evaluation_batches(
             if start + row < len(source):
                 try:
                     pair = source[start + int(row)]
-                    images[j] = transforms.evaluation_image(transforms.decode(pair.image, pair.key), image_size)
+                    image = transforms.read_image(pair.image, pair.key)
+                    images[j] = transforms.evaluation_image(image, image_size, key=pair.key)
                     good[j] = True
                 except RecordError as error:
                     logging.warning("record left out of the evaluation: %s", error)

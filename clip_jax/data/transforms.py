@@ -1,19 +1,34 @@
-"""From encoded bytes to pixels: on the host up to uint8, on the device from there on."""
+"""From encoded bytes to pixels: on the host up to uint8, normalised on the device or, for one image, here.
+
+As torchvision and open_clip do: an EXIF orientation is ignored, and for evaluation an image is resized and
+cropped as it is stored (palettes by nearest neighbour, alpha premultiplied, CMYK as CMYK) before it becomes RGB.
+Unlike them, 16-bit greys are scaled to 8 bits; Pillow's conversion cuts them off at 255, which leaves white.
+"""
 
 import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from clip_jax.errors import RecordError
+from clip_jax.errors import ConfigError, RecordError
 
-# A decoded image above this is refused before its pixels are allocated.
-MAX_PIXELS = 100_000_000
+A = TypeVar("A", np.ndarray, jax.Array)
+
+# Images above these are refused before their pixels are allocated. (Above this number Pillow warns of a bomb.)
+MAX_PIXELS = 89_478_485
+MAX_SIDE = 65_535
+
+SHORTER_SIDE, SQUASH = "shorter side, centre crop", "squash"
+INTERPOLATIONS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
 
 
 @dataclass(frozen=True)
@@ -31,13 +46,14 @@ class Augmentation:
     grayscale: float = 0.0
 
 
-def decode(data: bytes, key: str) -> Image.Image:
-    """Encoded bytes → RGB. Raises RecordError, naming the record, for what is no image or too large."""
+def read_image(data: bytes, key: str) -> Image.Image:
+    """Encoded bytes → an image in the mode in which it is stored, its pixels read.
+
+    Raises RecordError, naming the record, for what is no image, empty or too large.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if math.prod(image.size) > MAX_PIXELS:
-                raise RecordError(f"{key}: an image of {image.size[0]}×{image.size[1]} pixels is too large")
-            return image.convert("RGB")
+            return accepted(image, key)
     except RecordError:
         raise
     except UnidentifiedImageError:  # its message holds an address, another one each time
@@ -47,16 +63,62 @@ def decode(data: bytes, key: str) -> Image.Image:
         raise RecordError(f"{key}: the image does not decode ({reason})") from None
 
 
-def evaluation_image(image: Image.Image, size: int) -> np.ndarray:
-    """Shorter side to `size` (bicubic), centre crop. Returns uint8 [size, size, 3]."""
+def accepted(image: Image.Image, key: str) -> Image.Image:
+    """An image with its pixels read, of at most 8 bits a channel. Raises RecordError as `read_image` does."""
     width, height = image.size
-    if (width, height) != (size, size):
-        scale = size / min(width, height)
-        width, height = max(size, round(width * scale)), max(size, round(height * scale))
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image, dtype=np.uint8)
+    if width < 1 or height < 1:
+        raise RecordError(f"{key}: an image of {width}×{height} pixels is empty")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise RecordError(
+            f"{key}: an image of {width}×{height} pixels is too large; at most {MAX_SIDE:,} a side and "
+            f"{MAX_PIXELS:,} in all expected"
+        )
+    image.load()
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise RecordError(f"{key}: an image of 32-bit pixels, of unknown range; 8 or 16 bits expected")
+    return image
+
+
+def decode(data: bytes, key: str) -> Image.Image:
+    """Encoded bytes → RGB. Raises RecordError as `read_image` does."""
+    return read_image(data, key).convert("RGB")
+
+
+def check_resizing(interpolation: str, resize_mode: str) -> None:
+    """Raises ConfigError for a way of resizing that there is not."""
+    if interpolation not in INTERPOLATIONS:
+        raise ConfigError(f"interpolation {interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}")
+    if resize_mode not in (SHORTER_SIDE, SQUASH):
+        raise ConfigError(f"resize_mode {resize_mode!r}: expected {SHORTER_SIDE!r} or {SQUASH!r}")
+
+
+def evaluation_image(
+    image: Image.Image,
+    size: int,
+    interpolation: str = "bicubic",
+    resize_mode: str = SHORTER_SIDE,
+    key: str = "image",
+) -> np.ndarray:
+    """An image of any mode, resized, cropped, then made RGB. Returns uint8 [size, size, 3].
+
+    The longer side is rounded down and the crop's offset to the nearest even number, as torchvision does.
+    Raises RecordError for an image that is so elongated that resizing would make it too large.
+    """
+    width, height = size, size
+    if resize_mode == SHORTER_SIDE:
+        width, height = (size * side // min(image.size) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise RecordError(
+            f"{key}: an image of {image.size[0]}×{image.size[1]} pixels is too elongated; resized it would have "
+            f"{width}×{height}"
+        )
+    if image.size != (width, height):
+        image = image.resize((width, height), INTERPOLATIONS[interpolation])
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
 
 def training_image(image: Image.Image, size: int, augment: Augmentation, rng: np.random.Generator) -> np.ndarray:
@@ -100,7 +162,6 @@ def _crop_box(
     return left, top, left + w, top + h
 
 
-def normalize(image: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """uint8 [..., 3] → float32, scaled to 0–1, less the mean, over the standard deviation. On the device."""
-    scaled = image.astype(jnp.float32) / 255
-    return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+def normalize(image: A, mean: Sequence[float], std: Sequence[float]) -> A:
+    """uint8 [..., 3] → float32, scaled to 0–1, less the mean, over the standard deviation. Where the image is."""
+    return (image.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)

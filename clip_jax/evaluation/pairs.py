@@ -12,6 +12,7 @@ from clip_jax import sharding
 from clip_jax.data.pipeline import evaluation_batches
 from clip_jax.data.sources import PairSource
 from clip_jax.evaluation import retrieval, zero_shot
+from clip_jax.evaluation.prompts import get_templates
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ class Evaluation:
     queries: dict[str, np.ndarray]  # style → the classes in the rows of `retrieved`
 
 
-def evaluate_source(encoder: Encoder, source: PairSource, templates: Sequence[str] = ("{}",)) -> Evaluation:
+def evaluate_source(encoder: Encoder, source: PairSource, templates: str | Sequence[str] = "{}") -> Evaluation:
     """Zero-shot classification among the source's own names, and retrieval by name within each style.
 
     `top1`, `top5`: over all images. `recall_at_k`: text → image, the share of names that find their picture
     among the first k of all of its style, averaged over styles. `image_to_text_recall_at_k`: the other way.
-    Images that do not decode are left out and counted (`rejected`).
+    `templates`: see `get_templates`. Images that do not decode are left out and counted (`rejected`).
     """
     embeddings, good = encoder.images(source)
     records = np.flatnonzero(good)
@@ -85,7 +86,7 @@ def evaluate_source(encoder: Encoder, source: PairSource, templates: Sequence[st
     position = {name: i for i, name in enumerate(names)}
     labels = np.array([position[pair.text] for pair in pairs])
     styles = np.array([pair.style for pair in pairs])
-    classes = zero_shot.class_embeddings(encoder.texts, names, templates)
+    classes = zero_shot.class_embeddings(encoder.texts, names, get_templates(templates))
 
     top = zero_shot.top_classes(image, classes, 5)
     figures: dict[str, Any] = {

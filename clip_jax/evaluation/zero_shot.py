@@ -29,6 +29,16 @@ def top_classes(image_embeddings: np.ndarray, classes: np.ndarray, k: int) -> np
     return np.argsort(-similarity, axis=1, kind="stable")[:, :k]
 
 
+def top_probabilities(
+    image_embeddings: np.ndarray, classes: np.ndarray, logit_scale: float, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(`top_classes` [B, k], their probabilities [B, k]): the softmax over all classes at the model's temperature."""
+    logits = logit_scale * (image_embeddings @ classes.T).astype(np.float64)
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    top = top_classes(image_embeddings, classes, k)
+    return top, np.take_along_axis(exponentials / exponentials.sum(axis=1, keepdims=True), top, axis=1)
+
+
 def accuracy(top: np.ndarray, labels: np.ndarray, k: int) -> float:
     """The share of images whose label is among their first k classes."""
     return float((top[:, :k] == labels[:, None]).any(axis=1).mean())

@@ -13,8 +13,8 @@ from clip_jax import sharding
 from clip_jax.data import transforms
 from clip_jax.data.order import Order, group_by
 from clip_jax.data.pipeline import Element, PairElements
-from clip_jax.data.sources import find_asset, open_source, texts_of
-from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.sources import open_source, texts_of
+from clip_jax.data.tokenizer import load_tokenizer
 from clip_jax.errors import ConfigError
 from clip_jax.evaluation.pairs import Encoder, evaluate_source
 from clip_jax.losses import contrastive_loss
@@ -33,7 +33,7 @@ class ClipTask:
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.model = build_two_tower(config.model)
-        self.tokenizer = Tokenizer.from_file(find_asset(config.data.tokenizer))
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
         text = config.model.text
         if (self.tokenizer.vocab_size, self.tokenizer.end_id) != (text.vocab_size, text.end_id):
             raise ConfigError(
@@ -91,7 +91,7 @@ class ClipTask:
         encoder = self.encoder(params, state, mesh)
         results: dict[str, float] = {}
         for name, spec in self.config.data.evaluate.items():
-            found = evaluate_source(encoder, open_source(spec), tuple(self.config.data.templates)).figures
+            found = evaluate_source(encoder, open_source(spec), self.config.data.templates).figures
             results |= {f"{name}.{key}": found[key] for key in ("top1", "top5", "recall_at_5")}
         return results
 

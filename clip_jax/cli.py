@@ -1,0 +1,233 @@
+"""`clip-jax`: a trained model put to use on images and texts.
+
+clip-jax embed MODEL pictures/ pictures.safetensors
+clip-jax search MODEL pictures.safetensors --text "a red apple" --html found.html
+clip-jax classify MODEL photo.jpg --labels "cat,dog" --templates "a photo of a {}."
+clip-jax rerank MODEL pictures/ --text "a red apple"
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clip_jax.errors import ConfigError, DataError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for noisy in ("absl", "jax", "orbax", "etils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="clip-jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(run=run)
+        one.add_argument("model", help="a run's workdir, a checkpoint, or what clip_jax.load takes")
+        one.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default: 64")
+        one.add_argument("--threads", type=positive, default=4, metavar="N", help="that decode images; default: 4")
+        one.add_argument(
+            "--long-texts", choices=("truncate", "error", "windows"), default="truncate",
+            help="what to do with a text beyond the model's length: cut it (default), refuse it, average its windows",
+        )  # fmt: skip
+        return one
+
+    images = "a folder, a glob, a .tar file, an image or a data source (emoji:train, tfds:DIRECTORY#SPLIT)"
+    embed = command("embed", embed_command, "Embeds images, or the lines of a text file, into one file.")
+    embed.add_argument("source", help=f"{images}; with --texts a text file of one text a line")
+    embed.add_argument("output", type=Path, help="*.safetensors or *.parquet; a run that was stopped goes on")
+    embed.add_argument("--texts", action="store_true", help="the source is a text file")
+    embed.add_argument(
+        "--rows-in-part", type=positive, default=4096, metavar="N", help="written at once; default: 4096"
+    )
+
+    classify = command("classify", classify_command, "Classifies images among given labels, without training.")
+    classify.add_argument("source", help=images)
+    classify.add_argument(
+        "--labels", required=True, help="names with commas between, a text file of one a line, or `imagenet`"
+    )
+    classify.add_argument(
+        "--templates", default="{}", help="imagenet_80, imagenet_7, a text with {} or a file of one a line"
+    )
+
+    search = command("search", search_command, "Searches a file of embeddings by texts and images; compares every row.")
+    search.add_argument("embeddings", type=Path, help="what `embed` wrote, with the same model")
+    search.add_argument("--text", action="append", default=[], help="a text to search by; may be repeated")
+    search.add_argument("--image", action="append", default=[], help="images to search by; may be repeated")
+    search.add_argument("--html", type=Path, help="also write a page with pictures, which needs nothing beside it")
+
+    rerank = command("rerank", rerank_command, "Orders images by how well they fit a text.")
+    rerank.add_argument("source", help=images)
+    rerank.add_argument("--text", required=True, help="the text")
+
+    for one, number in ((classify, 5), (search, 10), (rerank, None)):
+        one.add_argument(
+            "-k", "--top", type=positive, default=number, metavar="N", help=f"results; default: {number or 'all'}"
+        )
+        one.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return top
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1 expected")
+    return int(text)
+
+
+def embedder_of(arguments: argparse.Namespace) -> Any:
+    from clip_jax.embedding import Embedder
+    from clip_jax.loading import load
+
+    return Embedder(load(arguments.model), arguments.batch_size, arguments.threads)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises DataError where it is missing, empty or no UTF-8."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from None
+    if not lines:
+        raise DataError(f"{path}: empty; expected one text a line")
+    return lines
+
+
+def embed_command(arguments: argparse.Namespace) -> None:
+    from clip_jax.data.images import open_images
+    from clip_jax.embedding import Texts, embed_to_file
+
+    spec = arguments.source
+    source = Texts(read_lines(Path(spec))) if arguments.texts else open_images(spec)
+    embedder = embedder_of(arguments)
+    rejected = embed_to_file(
+        embedder, source, spec, arguments.output, long_texts=arguments.long_texts, rows_in_part=arguments.rows_in_part
+    )
+    size = arguments.output.stat().st_size / 1e6
+    print(f"wrote {arguments.output}: {len(source) - len(rejected)} embeddings ({size:.1f} MB)")
+    if cut := embedder.loaded.tokenizer.truncated:
+        print(f"{cut} texts were too long and cut; see --long-texts")
+    if rejected:
+        print(f"{len(rejected)} images left out, listed in {arguments.output}.rejected.txt; the first: {rejected[0]}")
+
+
+def classify_command(arguments: argparse.Namespace) -> None:
+    from clip_jax.data.images import open_images
+    from clip_jax.evaluation import prompts, zero_shot
+
+    if arguments.labels == "imagenet":
+        labels = prompts.imagenet_classes()
+    elif Path(arguments.labels).is_file():
+        labels = read_lines(Path(arguments.labels))
+    else:
+        labels = [name.strip() for name in arguments.labels.split(",") if name.strip()]
+    if not labels:
+        raise ConfigError("--labels: at least one expected")
+    templates, images = prompts.get_templates(arguments.templates), open_images(arguments.source)
+    embedder = embedder_of(arguments)
+
+    def encode(texts: Sequence[str]) -> Any:
+        return embedder.texts(texts, arguments.long_texts)
+
+    embeddings, rows, rejected = embedder.images(images)
+    report_rejected(rejected, len(images))
+    classes = zero_shot.class_embeddings(encode, labels, templates)
+    top, probabilities = zero_shot.top_probabilities(embeddings, classes, embedder.logit_scale(), arguments.top)
+    results = [
+        {
+            "image": key,
+            "labels": [{"label": labels[c], "probability": round(float(p), 6)} for c, p in zip(best, ps, strict=True)],
+        }
+        for (key, _), best, ps in zip(rows, top, probabilities, strict=True)
+    ]
+    if arguments.json:
+        print(json.dumps(results, indent=1, ensure_ascii=False))
+        return
+    for result in results:
+        print(result["image"])
+        for entry in result["labels"]:
+            print(f"  {entry['probability']:7.2%}  {entry['label']}")
+
+
+def search_command(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from clip_jax.data.images import open_images
+    from clip_jax.embedding import EmbeddingFile
+    from clip_jax.search import search_file, thumbnails, write_page
+
+    if not arguments.text and not arguments.image:
+        raise ConfigError("nothing to search by: give --text TEXT or --image IMAGE")
+    file = EmbeddingFile(arguments.embeddings)
+    embedder = embedder_of(arguments)
+    queries, embeddings = list(arguments.text), []
+    if queries:
+        embeddings.append(embedder.texts(queries, arguments.long_texts))
+    for spec in arguments.image:
+        asked = open_images(spec)
+        rows, keys, rejected = embedder.images(asked)
+        report_rejected(rejected, len(asked))
+        embeddings.append(rows)
+        queries += [key for key, _ in keys]
+    found = search_file(embedder, file, queries, np.concatenate(embeddings), arguments.top)
+    if arguments.html:
+        picture = thumbnails(open_images(file.metadata["source"])) if file.metadata["kind"] == "image" else None
+        write_page(arguments.html, f"{len(file):,} {file.metadata['kind']}s of {arguments.embeddings}", found, picture)
+        logging.info("wrote %s", arguments.html)
+    print_found(found, arguments.json)
+
+
+def rerank_command(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from clip_jax.data.images import open_images
+    from clip_jax.search import Found
+
+    images = open_images(arguments.source)
+    embedder = embedder_of(arguments)
+    (query,) = embedder.texts([arguments.text], arguments.long_texts)
+    embeddings, rows, rejected = embedder.images(images)
+    report_rejected(rejected, len(images))
+    scores = embeddings @ query
+    order = np.argsort(-scores, kind="stable")[: arguments.top]
+    keys, indices = [rows[i][0] for i in order], [rows[i][1] for i in order]
+    print_found([Found(arguments.text, keys, indices, [round(float(scores[i]), 4) for i in order])], arguments.json)
+
+
+def report_rejected(rejected: Sequence[str], count: int) -> None:
+    """Names the images that are left out. Raises DataError where none is left."""
+    for line in rejected:
+        logging.warning("left out: %s", line)
+    if len(rejected) == count:
+        raise DataError(f"not one of {count} images could be read")
+
+
+def print_found(found: Sequence[Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([dataclasses.asdict(one) for one in found], indent=1, ensure_ascii=False))
+        return
+    for one in found:
+        print(one.query)
+        for key, score in zip(one.keys, one.scores, strict=True):
+            print(f"  {score:7.4f}  {key}")
