@@ -152,7 +152,7 @@ def _our_config(family: str, values: Mapping[str, Any], label: str, image_size: 
         fields = towers[name]
         return dict(
             width=fields.integer("hidden_size"),
-            layers=fields.integer("num_hidden_layers"),
+            layers=fields.integer("num_hidden_layers", most=1000),
             heads=fields.integer("num_attention_heads"),
             mlp_width=fields.integer("intermediate_size"),
             norm_epsilon=fields.number("layer_norm_eps"),

@@ -47,6 +47,10 @@ class Imported:
     report: mapping.Report
     source: str
 
+    @property
+    def family(self) -> str:
+        return "siglip" if self.config["vision"].get("pool") == "map" else "clip"
+
 
 class Fields:
     """A config file's object, whose values are checked as they are read; errors name the file and the field."""
@@ -56,12 +60,12 @@ class Fields:
             raise CheckpointError(f"{label}: an object expected, not a {type(values).__name__}")
         self.values, self.label = values, label
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, most: int = 10_000_000) -> int:
         value = self.values.get(key, default)
         if isinstance(value, list) and len(set(map(str, value))) == 1:  # a square's two sides
             value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 10_000_000:
-            raise CheckpointError(f"{self.label}: {key} is {value!r}; a whole number above 0 expected")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise CheckpointError(f"{self.label}: {key} is {value!r}; a whole number from 1 to {most} expected")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

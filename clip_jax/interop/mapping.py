@@ -67,7 +67,7 @@ def initial_variables(config: Mapping[str, Any]) -> PyTree:
     """The variables of a model of `get_variant`'s shape, drawn from seed 0."""
     size, length = config["vision"]["image_size"], config["text"]["context_length"]
     batch = {"image": jnp.zeros((1, size, size, 3)), "text": jnp.zeros((1, length), jnp.int32)}
-    return sharding.unbox(build_two_tower(config).init(jax.random.key(0), batch))
+    return sharding.unbox(jax.jit(build_two_tower(config).init)(jax.random.key(0), batch))
 
 
 def to_ours(

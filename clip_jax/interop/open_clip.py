@@ -155,7 +155,12 @@ def read_open_clip(
 
 
 def read_openai(
-    path: str | Path, *, image_size: int | None = None, allow: Sequence[str] = (), allow_nan: bool = False
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    preprocess: str | Mapping[str, Any] | None = None,
+    allow: Sequence[str] = (),
+    allow_nan: bool = False,
 ) -> Imported:
     """OpenAI's own weights: the TorchScript archive that they publish, or its state dict.
 
@@ -165,7 +170,7 @@ def read_openai(
     config = _openai_config(tensors, str(path))
     if image_size:
         config["vision"]["image_size"] = image_size
-    fields = chosen_preprocess(None, "clip", config["vision"]["image_size"], str(path))
+    fields = chosen_preprocess(PREPROCESS["clip"], preprocess, config["vision"]["image_size"], str(path))
     return import_model(
         layout(config),
         config,
@@ -206,7 +211,7 @@ def _our_config(top: Fields, image_size: int | None) -> dict[str, Any]:
             image_size=size,
             patch_size=vision.integer("patch_size", 16),
             width=width,
-            layers=vision.integer("layers", 12),
+            layers=vision.integer("layers", 12, most=1000),
             heads=width // head_width,
             mlp_width=int(width * vision.number("mlp_ratio", 4.0)),
             norm_epsilon=vision.object("norm_kwargs").number("eps", 1e-5),
@@ -217,7 +222,7 @@ def _our_config(top: Fields, image_size: int | None) -> dict[str, Any]:
         vocab_size=text.integer("vocab_size", 49408),
         context_length=text.integer("context_length", 77),
         width=text_width,
-        layers=text.integer("layers", 12),
+        layers=text.integer("layers", 12, most=1000),
         heads=text.integer("heads", 8),
         mlp_width=int(text_width * text.number("mlp_ratio", 4.0)),
         norm_epsilon=text.object("norm_kwargs").number("eps", 1e-5),
@@ -314,6 +319,7 @@ def write_open_clip(
             **_their_sizes(vision),
         )
     else:
+        require(len(vision["layers"]) == 4, f"a ResNet of {len(vision['layers'])} stages: open_clip's have 4")
         towers = dict(layers=list(vision["layers"]), head_width=vision["width"] * 32 // vision["heads"])
     end = text.get("end_id")
     model: dict[str, Any] = dict(
@@ -333,7 +339,7 @@ def write_open_clip(
         ),
     )
     if "logit_bias" in variables["params"]:
-        model["init_logit_bias"] = config["init_logit_bias"]
+        model["init_logit_bias"] = float(variables["params"]["logit_bias"])
     modes = {ours: theirs for theirs, ours in RESIZE_MODES.items()}
     fields = {key: value for key, value in preprocess.items() if key != "image_size"}
     weights: Mapping[str, np.ndarray] = to_theirs(layout(config), variables)
