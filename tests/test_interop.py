@@ -157,7 +157,11 @@ REFUSED = [
     ("hf_clip_gelu", {"model_type": "blip"}, "config.json: model_type 'blip'; expected one of clip, siglip"),
     ("hf_clip_gelu", {"text_config.hidden_act": "relu"}, "config.json: text_config: hidden_act is 'relu'"),
     ("hf_clip_gelu", {"text_config.hidden_act": "quick_gelu"}, "towers of two activations"),
-    ("hf_clip_gelu", {"vision_config.hidden_size": "wide"}, "vision_config: hidden_size is 'wide'; a whole number from 1"),
+    (
+        "hf_clip_gelu",
+        {"vision_config.hidden_size": "wide"},
+        "vision_config: hidden_size is 'wide'; a whole number from 1",
+    ),
     ("hf_clip_gelu", {"text_config.num_hidden_layers": 10**9}, "is 1000000000; a whole number from 1 to 1000 expec"),
     ("hf_clip_gelu", {"vision_config": [1]}, "vision_config: an object expected, not a list"),
     ("hf_siglip", {"vision_config.vision_use_head": False}, "vision_use_head is false"),

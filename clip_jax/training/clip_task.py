@@ -35,10 +35,11 @@ class ClipTask:
         self.model = build_two_tower(config.model)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         text = config.model.text
-        if (self.tokenizer.vocab_size, self.tokenizer.end_id) != (text.vocab_size, text.end_id):
+        end_id = text.get("end_id", self.tokenizer.end_id)  # a tower that pools at the last place has none
+        if (self.tokenizer.vocab_size, self.tokenizer.end_id) != (text.vocab_size, end_id):
             raise ConfigError(
                 f"{config.data.tokenizer} has {self.tokenizer.vocab_size} ids and end id {self.tokenizer.end_id}; "
-                f"model.text expects {text.vocab_size} and {text.end_id}"
+                f"model.text expects {text.vocab_size} and {end_id}"
             )
         source = open_source(config.data.train)
         self.element_of = PairElements(

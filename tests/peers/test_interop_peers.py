@@ -100,7 +100,7 @@ def test_open_clip(name: str, tmp_path: Path) -> None:
         assert torch.equal(got, wanted)
     if "init_logit_bias" in config:
         assert torch.equal(again.logit_bias, theirs.logit_bias)
-    assert preprocess.transforms[-1].mean == tuple(model.preprocess["mean"])
+    assert list(preprocess.transforms[-1].mean) == model.preprocess["mean"]
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
@@ -113,6 +113,7 @@ def test_openais_torchscript_archive_in_half_precision(kind: str, tmp_path: Path
     config = dict(embed_dim=24, quick_gelu=True, vision_cfg=vision, text_cfg=TEXT | dict(width=128, heads=2))
     theirs: Any = randomise(CLIP(**config))
     for name in ("input_resolution", "context_length", "vocab_size"):
+        vars(theirs).pop(name, None)
         theirs.register_buffer(name, torch.tensor(vision["image_size"]))
     image, text = inputs(vision["image_size"])
     traced = torch.jit.trace_module(
@@ -123,7 +124,8 @@ def test_openais_torchscript_archive_in_half_precision(kind: str, tmp_path: Path
     traced.half().save(str(tmp_path / "model.pt"))
     model = ours.read_openai(tmp_path / "model.pt")
     assert {"input_resolution", "attn_mask"} <= set(model.report.ignored)
-    reference = build_model_from_openai_state_dict(dict(traced.state_dict())).float().eval()
+    state = {key: value for key, value in traced.state_dict().items() if key != "attn_mask"}
+    reference = build_model_from_openai_state_dict(state).float().eval()
     for got, wanted in zip(embed(model, image, text), their_embeddings(reference, image, text), strict=True):
         assert_close(got, wanted)
 
