@@ -15,6 +15,9 @@ from clip_jax.losses import contrastive_loss
 from clip_jax.models.two_tower import TwoTower
 from clip_jax.models.variants import build_two_tower, get_variant
 from clip_jax.models.vit import drop_patches
+from clip_jax.sharding import make_mesh
+from clip_jax.training.clip_task import ClipTask
+from configs.clip import emoji_vit
 
 PUBLISHED = {  # millions
     "RN50": 102.01, "RN101": 119.69, "RN50x4": 178.30, "RN50x16": 290.98, "RN50x64": 623.26,
@@ -167,3 +170,22 @@ def test_patch_dropout(pool: str) -> None:
     assert kept.shape == (4096, 4) and (np.diff(kept) > 0).all()  # in their order, none twice
     share = np.bincount(kept.astype(int).ravel(), minlength=16) / 4096
     assert np.abs(share - 4 / 16).max() < 5 * (0.25 * 0.75 / 4096) ** 0.5
+
+
+def test_a_training_step_draws_the_patches_it_drops() -> None:
+    """The loss is a function of the step's key where patches are dropped, and of nothing but the batch where not."""
+    mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.integers(256, size=(8, 32, 32, 3), dtype=np.uint8),
+             "text": rng.integers(1, 4095, size=(8, 16), dtype=np.int32)}  # fmt: skip
+    losses = {}
+    for rate in (0.0, 0.5):
+        config = emoji_vit.get_config("debug")
+        config.model.vision.patch_dropout = rate
+        task = ClipTask(config, mesh)
+        with sharding.use_mesh(mesh):
+            params, state = jax.jit(lambda key, task=task: sharding.unbox(task.init(key)))(jax.random.key(0))
+            loss = jax.jit(lambda p, s, b, key, task=task: task.loss(p, {}, s, b, key)[0])
+            losses[rate] = [float(loss(params, state, batch, jax.random.key(i))) for i in (0, 1, 0)]
+    assert losses[0.0][0] == losses[0.0][1] == losses[0.0][2]
+    assert losses[0.5][0] == losses[0.5][2] and losses[0.5][0] != losses[0.5][1]

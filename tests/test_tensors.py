@@ -211,7 +211,12 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "weights/data.pkl is compressed",
     ),
     "truncated pickle": (raw(b"\x80\x02}q"), "weights/data.pkl: "),
-    "huge memo": (raw(b"\x80\x02}r\xff\xff\xff\x7f."), "entry 2147483647 in a table of 9 bytes"),
+    "huge memo": (raw(b"\x80\x02}r\xff\xff\xff\x7f."), "holds no tensors"),
+    "deep key": (raw(b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s."), "data.pkl: a tuple as a key"),
+    "deep name": (raw(b"\x80\x04\x8c\x05torch)" + b"\x85" * 500_000 + b"\x93."), "whose name is no text"),
+    "unknown operation": (raw(b"\x80\x02\x8f."), "data.pkl: the operation EMPTY_SET, which no table of tensors needs"),
+    "call of a result": (raw(b"\x80\x02}}R."), "data.pkl: a call that describes no tensor"),
+    "empty stack": (raw(b"\x80\x02\x87."), "data.pkl: more is taken from the stack than there is"),
     "other reference": (raw(b"\x80\x02U\x04fileQ."), "a reference to something that is no storage"),
     "change of a function": (
         raw(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}U\x08functionNsb."),

@@ -1,20 +1,18 @@
 """State dicts from files that others made: safetensors, PyTorch's zip archives and TorchScript archives.
 
-No PyTorch, and nothing in a file runs: of an archive's pickle only the calls that describe tensors are
-allowed, and these are functions of this module. Every size, stride and offset is compared with the bytes
-that are there. The layout of an archive is that of torch/serialization.py: `data.pkl` refers to storages
-`data/<key>` by persistent ids ("storage", type, key, device, number of elements).
+No PyTorch, no unpickler, and nothing in a file runs: an archive's pickle is read as data, by a stack machine of
+the operations that describe tensors. Every size, stride and offset is compared with the bytes that are there.
+The layout of an archive is that of torch/serialization.py: `data.pkl` refers to storages `data/<key>` by
+persistent ids ("storage", type, key, device, number of elements).
 """
 
-import io
 import json
 import math
-import pickle
 import pickletools
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,8 +86,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable JSON ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable JSON ({_one_line(error)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object expected, not a {type(value).__name__}")
     return value
@@ -150,8 +148,23 @@ def _check_header(path: Path) -> None:
 class _Inert:
     """What a TorchScript archive's module becomes: attributes, and no behaviour."""
 
+    def __init__(self) -> None:
+        self.attributes: dict[Any, Any] = {}
 
-# What the pickle gets hold of is immutable: it could otherwise change what was checked.
+
+class _Global(NamedTuple):
+    """A name that an archive's table refers to. It is never looked up."""
+
+    module: str
+    name: str
+
+
+class _Storage(NamedTuple):
+    dtype: np.dtype
+    key: str
+    length: int
+
+
 class _Tensor(NamedTuple):
     """A tensor as an archive describes it; `_array` checks the description."""
 
@@ -161,49 +174,128 @@ class _Tensor(NamedTuple):
     stride: Any
 
 
-class _StorageType(NamedTuple):
-    dtype: np.dtype
+_TENSOR, _PARAMETER = _Global("torch._utils", "_rebuild_tensor_v2"), _Global("torch._utils", "_rebuild_parameter")
+_ORDERED_DICT = _Global("collections", "OrderedDict")
+_MARK = object()
+_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
+_LITERALS = {
+    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING", "BINSTRING", "SHORT_BINBYTES", "BINBYTES",
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
+}  # fmt: skip
 
 
-class _Storage(NamedTuple):
-    dtype: np.dtype
-    key: str
-    length: int
+class _Table:
+    """Reads an archive's pickle as data: a stack machine of the operations that describe tensors, and no others.
+
+    Keys of dicts are texts and whole numbers only: the hash of a tuple recurses as deeply as the tuple is nested.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def read(self, table: bytes) -> Any:
+        argument: Any
+        for opcode, argument, _ in pickletools.genops(table):
+            name = opcode.name
+            if name == "STOP":
+                return self.stack.pop()
+            if name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[name])
+            elif name in _LITERALS:
+                self.stack.append(argument)
+            elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.stack[-1]
+            elif name in ("BINGET", "LONG_BINGET"):
+                self.stack.append(self.memo[argument])
+            elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+                self.stack.append(tuple(self.pop(int(name[-1]))))
+            elif name not in ("PROTO", "FRAME"):
+                self.operate(name, argument)
+        raise CheckpointError("truncated")
+
+    def pop(self, count: int) -> list[Any]:
+        if count > len(self.stack):
+            raise CheckpointError("more is taken from the stack than there is")
+        items = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        return items
+
+    def pop_to_mark(self) -> list[Any]:
+        items = []
+        while (item := self.stack.pop()) is not _MARK:
+            items.append(item)
+        return items[::-1]
+
+    def operate(self, name: str, argument: Any) -> None:
+        match name:
+            case "EMPTY_DICT":
+                self.stack.append({})
+            case "EMPTY_LIST":
+                self.stack.append([])
+            case "TUPLE":
+                self.stack.append(tuple(self.pop_to_mark()))
+            case "APPEND" | "APPENDS":
+                items = self.pop_to_mark() if name == "APPENDS" else self.pop(1)
+                self.stack[-1].extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = self.pop_to_mark() if name == "SETITEMS" else self.pop(2)
+                for key, value in zip(items[::2], items[1::2], strict=True):
+                    if not isinstance(key, str | int):
+                        raise CheckpointError(f"a {type(key).__name__} as a key")
+                    self.stack[-1][key] = value
+            case "GLOBAL":
+                self.stack.append(_allowed(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                self.stack.append(_allowed(*self.pop(2)))
+            case "BINPERSID":
+                self.stack.append(_storage(self.stack.pop()))
+            case "REDUCE" | "NEWOBJ":
+                function, arguments = self.pop(2)
+                self.stack.append(_made(function, arguments, new=name == "NEWOBJ"))
+            case "BUILD":
+                target, state = self.pop(2)
+                if isinstance(target, _Inert) and isinstance(state, dict):
+                    target.attributes = state
+                elif not isinstance(target, dict):  # of a state dict, `_metadata`: versions of its modules
+                    raise CheckpointError(f"a state for a {type(target).__name__}")
+                self.stack.append(target)
+            case _:
+                raise CheckpointError(f"the operation {name}, which no table of tensors needs")
 
 
-class _Call(NamedTuple):
-    """A function that an archive's pickle may call."""
+def _allowed(module: Any, name: Any) -> _Global:
+    if not (isinstance(module, str) and isinstance(name, str)):
+        raise CheckpointError("asks for something whose name is no text")
+    found = _Global(module, name)
+    if not (
+        found in (_TENSOR, _PARAMETER, _ORDERED_DICT)
+        or (module == "torch" and name in _STORAGES)
+        or module.split(".")[0] == "__torch__"
+    ):
+        raise CheckpointError(f"asks for {module}.{name}; only descriptions of tensors are read, no code is run")
+    return found
 
-    function: Callable[..., Any]
 
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+def _storage(reference: Any) -> _Storage:
+    match reference:
+        case ("storage", _Global(module="torch", name=kind), str() as key, str(), int() as length):
+            return _Storage(np.dtype(_STORAGES[kind]), key, length)
+    raise CheckpointError("a reference to something that is no storage")
 
 
-class _TableReader(pickle.Unpickler):
-    """Unpickles descriptions of tensors, and refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _StorageType(np.dtype(_STORAGES[name]))
-        if module.split(".")[0] == "__torch__":
-            return type("Module", (_Inert,), {})
-        allowed: dict[tuple[str, str], Callable[..., Any]] = {
-            ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: _Tensor(
-                storage, offset, size, stride
-            ),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-            ("collections", "OrderedDict"): OrderedDict,
-        }
-        if (module, name) not in allowed:
-            raise CheckpointError(f"asks for {module}.{name}; only descriptions of tensors are read, no code is run")
-        return _Call(allowed[module, name])
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        match pid:
-            case ("storage", _StorageType() as kind, str() as key, str(), int() as length):
-                return _Storage(kind.dtype, key, length)
-        raise CheckpointError("a reference to something that is no storage")
+def _made(function: Any, arguments: Any, new: bool) -> Any:
+    """What a call in the table stands for."""
+    match function, arguments:
+        case _Global(), () if new and function.module.split(".")[0] == "__torch__":
+            return _Inert()
+        case _, (storage, offset, size, stride, *_) if function == _TENSOR and not new:
+            return _Tensor(storage, offset, size, stride)
+        case _, (_Tensor() as tensor, *_) if function == _PARAMETER and not new:
+            return tensor
+        case _, () if function == _ORDERED_DICT and not new:
+            return {}
+    raise CheckpointError("a call that describes no tensor")
 
 
 def _read_archive(path: Path) -> Tensors:
@@ -215,7 +307,7 @@ def _read_archive(path: Path) -> Tensors:
         ) from None
     with archive:
         names = archive.namelist()
-        if twice := [name for i, name in enumerate(names) if name in names[:i]][:1]:
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise CheckpointError(f"{path}: {twice[0]} occurs twice in the archive")
         tables = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(tables) != 1:
@@ -255,11 +347,7 @@ def _entry(archive: zipfile.ZipFile, path: Path, name: str, key: str = "") -> by
 
 def _unpickle(path: Path, name: str, table: bytes) -> Any:
     try:
-        for opcode, argument, _ in pickletools.genops(table):
-            # The C unpickler allocates a table as long as the largest index.
-            if opcode.name.endswith("PUT") and int(argument or 0) > len(table):
-                raise CheckpointError(f"entry {argument} in a table of {len(table)} bytes")
-        return _TableReader(io.BytesIO(table)).load()
+        return _Table().read(table)
     except Exception as error:  # a malformed pickle raises nearly anything
         raise CheckpointError(f"{path}: {name}: {_one_line(error)}") from None
 
@@ -269,7 +357,7 @@ def _flatten(path: Path, tree: Any, prefix: str = "", depth: int = 0) -> Iterato
     if depth > MAX_DEPTH:
         raise CheckpointError(f"{path}: {prefix[:80]}… is nested too deeply")
     is_module = isinstance(tree, _Inert)
-    items = vars(tree) if is_module else tree
+    items = tree.attributes if is_module else tree
     if not isinstance(items, Mapping):
         raise CheckpointError(f"{path}: holds a {type(tree).__name__}; expected a state dict")
     if not is_module and isinstance(items.get("state_dict"), Mapping):

@@ -17,6 +17,11 @@ from clip_jax.interop import open_clip as ours
 from clip_jax.interop.imported import Imported
 from clip_jax.models.variants import VARIANTS, build_two_tower
 
+pytestmark = [  # of torch.jit.trace
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+]
+
 TEXT = dict(context_length=12, vocab_size=60, width=64, heads=4, layers=2)
 OPEN_CLIP: dict[str, dict[str, Any]] = {
     "gelu": dict(
