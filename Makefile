@@ -2,18 +2,23 @@
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
+PEERS_VENV ?= .venv-peers
 RUN = $(VENV)/bin/python
 PYTEST_ARGS ?=
 # Large pages for XLA's buffers on a CPU, kept instead of returned to the system: a third less time (glibc only).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8000000000:glibc.malloc.mmap_threshold=4000000000
 
-.PHONY: quickstart test lint lock clean
+.PHONY: quickstart test test-peers lint lock clean
 
 quickstart: $(VENV)/.installed
 	$(RUN) -m launch.quickstart
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+# Against PyTorch's CLIP and SigLIP, in an environment of their own.
+test-peers: $(PEERS_VENV)/.installed
+	$(PEERS_VENV)/bin/python -m pytest tests/peers $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -40,5 +45,13 @@ $(VENV)/.installed-dev: requirements-dev.lock | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	touch $@
 
+# PyTorch first: a resolver left to choose takes its largest build.
+$(PEERS_VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer was not found; name one: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[peers]"
+	touch $@
+
 clean:
-	rm -rf runs .cache $(VENV)
+	rm -rf runs .cache $(VENV) $(PEERS_VENV)

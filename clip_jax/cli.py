@@ -4,6 +4,8 @@ clip-jax embed MODEL pictures/ pictures.safetensors
 clip-jax search MODEL pictures.safetensors --text "a red apple" --html found.html
 clip-jax classify MODEL photo.jpg --labels "cat,dog" --templates "a photo of a {}."
 clip-jax rerank MODEL pictures/ --text "a red apple"
+clip-jax import openai:ViT-B-32.pt runs/vit-b-32
+clip-jax export runs/quickstart/clip exported --format open_clip
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.errors import ConfigError, DataError, UserError
+from clip_jax.interop.commands import add_commands
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
             "-k", "--top", type=positive, default=number, metavar="N", help=f"results; default: {number or 'all'}"
         )
         one.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_commands(commands)
     return top
 
 

@@ -1,15 +1,18 @@
 """A trained model by its name: towers, parameters, preprocessing and tokenizer as one value."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from clip_jax.data.preprocess import Preprocess
 from clip_jax.data.tokenizer import Tokenizer, load_tokenizer
-from clip_jax.errors import CheckpointError
+from clip_jax.errors import CheckpointError, ConfigError
+from clip_jax.interop import published
 from clip_jax.models.two_tower import TwoTower
 from clip_jax.models.variants import build_two_tower
 from clip_jax.training import checkpoint
@@ -17,7 +20,10 @@ from clip_jax.training import checkpoint
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """`params` are all the variables: the parameters and, where there are any, BatchNorm statistics."""
+    """`params` are all the variables: the parameters and, where there are any, BatchNorm statistics.
+
+    `metadata` is what the checkpoint says about itself; for published weights what one of them would say.
+    """
 
     model: TwoTower
     params: Mapping[str, Any]
@@ -25,35 +31,78 @@ class Loaded:
     tokenizer: Tokenizer
     metadata: Mapping[str, Any]
 
-    def encode_image(self, params: Mapping[str, Any], pixels: jax.Array) -> jax.Array:
-        """Normalised pixels [B, S, S, 3] → embeddings [B, E], of unit length. Pure: to be jitted."""
-        return self.model.apply(params, {"image": pixels})[0]
+    @cached_property
+    def encode_image(self) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
+        """(params, normalised pixels [B, S, S, 3]) → embeddings [B, E], of unit length. Pure and jitted."""
+        model = self.model
+        return jax.jit(lambda params, pixels: model.apply(params, {"image": pixels})[0])
 
-    def encode_text(self, params: Mapping[str, Any], ids: jax.Array) -> jax.Array:
-        """Ids [B, L] → embeddings [B, E], of unit length. Pure: to be jitted."""
-        return self.model.apply(params, {"text": ids})[1]
+    @cached_property
+    def encode_text(self) -> Callable[[Mapping[str, Any], jax.Array], jax.Array]:
+        """(params, ids [B, L]) → embeddings [B, E], of unit length. Pure and jitted."""
+        model = self.model
+        return jax.jit(lambda params, ids: model.apply(params, {"text": ids})[1])
 
 
-def load(spec: str) -> Loaded:
-    """A checkpoint, or the newest one of a run's workdir.
+def load(
+    spec: str | Path,
+    *,
+    image_size: int | None = None,
+    preprocess: str | Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    allow: Sequence[str] = (),
+) -> Loaded:
+    """A model, ready to embed images and texts.
 
-    Raises CheckpointError where there is none, it is damaged, or its tokenizer is not the one it was trained with.
+    Args:
+      spec: a checkpoint or a run's workdir (then its newest checkpoint); or published weights: `hf:DIR` (Hugging
+        Face's CLIP and SigLIP), `openai:FILE`, `open_clip:FILE,CONFIG.json` or `open_clip:DIR`.
+
+    The others are for published weights:
+      image_size: another resolution than theirs; the position embedding is resized.
+      preprocess: "clip", "siglip" or the fields of `Preprocess`, where no file beside the weights says it.
+      tokenizer: what `load_tokenizer` takes, where there is none beside the weights and it is not OpenAI's.
+      allow: regular expressions for the start of names of tensors that may be missing or unused.
+
+    Raises:
+      CheckpointError: nothing there, damaged, of another architecture, or with another tokenizer than at training.
+      ConfigError: something that the weights alone don't say is missing; the line says what to pass.
     """
-    path = checkpoint.latest(Path(spec))
+    spec = str(spec)
+    if published.is_published(spec):
+        model = published.read(spec, image_size=image_size, preprocess=preprocess, allow=allow)
+        where = published.find_tokenizer(model, Path(spec.partition(":")[2].partition(",")[0]), tokenizer)
+        opened = published.open_tokenizer(where, model)
+        return Loaded(
+            model=build_two_tower(model.config),
+            params=jax.tree.map(jnp.asarray, model.variables),
+            preprocess=Preprocess(**model.preprocess),
+            tokenizer=opened,
+            metadata=published.metadata(model, opened, where),
+        )
+    if image_size or preprocess or tokenizer or allow:
+        raise ConfigError(f"{spec}: image_size, preprocess, tokenizer and allow are for published weights only")
+    return _load_checkpoint(checkpoint.latest(Path(spec)))
+
+
+def _load_checkpoint(path: Path) -> Loaded:
     metadata = checkpoint.metadata(path)
     config, model = metadata["config"], metadata["model"]
-    tokenizer = load_tokenizer(config["data"]["tokenizer"])
+    name = config["data"]["tokenizer"]
+    beside = path.parent.parent / name  # an imported model's is copied there
+    tokenizer = load_tokenizer(beside if beside.is_file() else name)
     tokenizer.context_length = model["towers"]["text"]["context_length"]
     if tokenizer.digest() != model["tokenizer"]["sha256"]:
-        raise CheckpointError(f"{path}: {config['data']['tokenizer']} is not the tokenizer that it was trained with")
+        raise CheckpointError(f"{path}: {name} is not the tokenizer that it was trained with")
     params = {"params": checkpoint.load(path, "params")}
     if (path / "state").is_dir():
         params |= checkpoint.load(path, "state")
-    preprocess = model["preprocess"]
+    fields = model["preprocess"]
+    known = ("image_size", "mean", "std", "interpolation", "resize_mode")
     return Loaded(
         model=build_two_tower(config["model"]),
         params=params,
-        preprocess=Preprocess(preprocess["image_size"], tuple(preprocess["mean"]), tuple(preprocess["std"])),
+        preprocess=Preprocess(**{key: fields[key] for key in known if key in fields}),
         tokenizer=tokenizer,
         metadata=metadata,
     )

@@ -26,6 +26,7 @@ def quick_gelu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 
@@ -42,13 +43,13 @@ def ones(*names: str | None) -> Callable:
     return nn.with_logical_partitioning(nn.initializers.ones_init(), names)
 
 
-def layer_norm(name: str | None, dtype: Dtype) -> nn.LayerNorm:
-    """LayerNorm with the peers' epsilon (Flax's default is 1e-6); statistics in float32 or wider.
+def layer_norm(name: str | None, dtype: Dtype, epsilon: float = 1e-5) -> nn.LayerNorm:
+    """LayerNorm with CLIP's epsilon (SigLIP's, and Flax's default, is 1e-6); statistics in float32 or wider.
 
     The two-pass variance costs little and does not cancel where the mean is large.
     """
     return nn.LayerNorm(
-        epsilon=1e-5,
+        epsilon=epsilon,
         dtype=dtype,
         use_fast_variance=False,
         scale_init=ones("residual"),
@@ -166,14 +167,15 @@ class Block(nn.Module):
     activation: str
     out_std: float
     causal: bool = False
+    norm_epsilon: float = 1e-5
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_BxLxD: Array, _: None = None) -> tuple[Array, None]:
-        y = layer_norm("attention_norm", self.dtype)(x_BxLxD)
+        y = layer_norm("attention_norm", self.dtype, self.norm_epsilon)(x_BxLxD)
         y = Attention(self.heads, self.out_std, self.causal, self.dtype, name="attention")(y)
         x_BxLxD = nn.with_logical_constraint(x_BxLxD + y, RESIDUAL)
-        y = layer_norm("mlp_norm", self.dtype)(x_BxLxD)
+        y = layer_norm("mlp_norm", self.dtype, self.norm_epsilon)(x_BxLxD)
         y = FeedForward(self.mlp_width, self.activation, self.out_std, self.dtype, name="mlp")(y)
         return nn.with_logical_constraint(x_BxLxD + y, RESIDUAL), None
 
@@ -195,6 +197,7 @@ class Transformer(nn.Module):
     mlp_width: int
     activation: str = "quick_gelu"
     causal: bool = False
+    norm_epsilon: float = 1e-5
     remat: str = "none"
     dtype: Dtype = jnp.float32
 
@@ -210,5 +213,8 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             length=self.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.heads, self.mlp_width, self.activation, out_std, self.causal, self.dtype, name="blocks")
+        )(
+            self.heads, self.mlp_width, self.activation, out_std, self.causal, self.norm_epsilon, self.dtype,
+            name="blocks",
+        )  # fmt: skip
         return blocks(nn.with_logical_constraint(x_BxLxD, RESIDUAL), None)[0]

@@ -1,8 +1,11 @@
 """The table of named sizes, and the one place where a config becomes modules.
 
-OpenAI's nine are those of arXiv 2103.00020, table 19 and 20; `emoji-*` are the same code, shrunk.
+OpenAI's nine are those of arXiv 2103.00020, table 19 and 20; names without a slash are open_clip's
+(model_configs/*.json), with GELU; SigLIP's are those of arXiv 2303.15343 and google/siglip-*;
+`emoji-*` are the same code, shrunk.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +41,57 @@ VARIANTS: dict[str, dict[str, Any]] = {
     )
     for name, (vision, width, heads, embed_dim) in _OPENAI.items()
 }
+
+# name: (image and patch size; width, layers and heads of the vision tower, its feed-forward width where that is
+# not 4 times the width; width, layers and heads of the text tower; joint width)
+_OPEN_CLIP: dict[str, tuple[tuple[int, int], tuple[int, ...], tuple[int, int, int], int]] = {
+    "ViT-S-32": ((224, 32), (384, 12, 6), (384, 12, 6), 384),
+    "ViT-S-16": ((224, 16), (384, 12, 6), (384, 12, 6), 384),
+    "ViT-M-32": ((224, 32), (512, 12, 8), (512, 12, 8), 512),
+    "ViT-M-16": ((224, 16), (512, 12, 8), (512, 12, 8), 512),
+    "ViT-B-32": ((224, 32), (768, 12, 12), (512, 12, 8), 512),
+    "ViT-B-16": ((224, 16), (768, 12, 12), (512, 12, 8), 512),
+    "ViT-B-16-plus-240": ((240, 16), (896, 12, 14), (640, 12, 10), 640),
+    "ViT-L-14": ((224, 14), (1024, 24, 16), (768, 12, 12), 768),
+    "ViT-L-14-336": ((336, 14), (1024, 24, 16), (768, 12, 12), 768),
+    "ViT-H-14": ((224, 14), (1280, 32, 16), (1024, 24, 16), 1024),
+    "ViT-H-14-378": ((378, 14), (1280, 32, 16), (1024, 24, 16), 1024),
+    "ViT-g-14": ((224, 14), (1408, 40, 16, 6144), (1024, 24, 16), 1024),
+    "ViT-bigG-14": ((224, 14), (1664, 48, 16, 8192), (1280, 32, 20), 1280),
+}
+for _name, ((_size, _patch), (_width, _layers, _heads, *_mlp), _text, _embed_dim) in _OPEN_CLIP.items():
+    VARIANTS[_name] = dict(
+        vision=dict(kind="vit", image_size=_size, patch_size=_patch, width=_width, layers=_layers, heads=_heads),
+        text=dict(vocab_size=49408, context_length=77, end_id=49407, width=_text[0], layers=_text[1], heads=_text[2]),
+        embed_dim=_embed_dim,
+        activation="gelu",
+    )
+    if _mlp:
+        VARIANTS[_name]["vision"]["mlp_width"] = _mlp[0]
+
+# name: (image size, patch size, context length, size of both towers)
+_SIGLIP_B = dict(width=768, layers=12, heads=12, mlp_width=3072)
+_SIGLIP_L = dict(width=1024, layers=24, heads=16, mlp_width=4096)
+_SIGLIP_SO400M = dict(width=1152, layers=27, heads=16, mlp_width=4304)
+_SIGLIP: dict[str, tuple[int, int, int, dict[str, int]]] = {
+    "SigLIP-B/16": (224, 16, 64, _SIGLIP_B),
+    "SigLIP-B/16@256": (256, 16, 64, _SIGLIP_B),
+    "SigLIP-L/16@256": (256, 16, 64, _SIGLIP_L),
+    "SigLIP-So400m/14": (224, 14, 16, _SIGLIP_SO400M),
+    "SigLIP-So400m/14@384": (384, 14, 64, _SIGLIP_SO400M),
+}
+for _name, (_size, _patch, _context, _tower) in _SIGLIP.items():
+    VARIANTS[_name] = dict(
+        vision=dict(kind="vit", image_size=_size, patch_size=_patch, pool="map", norm_epsilon=1e-6, **_tower),
+        text=dict(
+            vocab_size=32000, context_length=_context, pool="last", causal=False, projection_bias=True,
+            norm_epsilon=1e-6, **_tower,
+        ),
+        embed_dim=_tower["width"],
+        activation="gelu_tanh",
+        init_logit_scale=math.log(10),
+        init_logit_bias=-10.0,
+    )  # fmt: skip
 
 _EMOJI_TEXT = dict(vocab_size=4096, context_length=12, width=128, layers=2, heads=4, end_id=4095)
 VARIANTS["emoji-RN"] = dict(
@@ -78,6 +132,7 @@ def get_variant(name: str) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(VARIANTS[name])
     if config.vision.kind == "vit":
         config.vision.remat = "none"
+        config.vision.patch_dropout = 0.0
     config.text.remat = "none"
     config.dtype = "float32"  # compute dtype; parameters are always float32
     return config
@@ -109,4 +164,5 @@ def build_two_tower(config: Mapping[str, Any]) -> TwoTower:
             activation=config["activation"],
             dtype=jnp.dtype(config["dtype"]),
         ),
+        **{key: config[key] for key in ("init_logit_scale", "init_logit_bias") if key in config},
     )

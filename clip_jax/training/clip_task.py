@@ -36,14 +36,17 @@ class ClipTask:
         self.config, self.mesh = config, mesh
         check_loss(config)
         self.model = build_two_tower(config.model)
-        if config.loss == "sigmoid":  # starts where SigLIP's does (arXiv 2303.15343 §3.2)
+        if (
+            config.loss == "sigmoid" and "init_logit_bias" not in config.model
+        ):  # starts where SigLIP's does (arXiv 2303.15343 §3.2)
             self.model = self.model.clone(init_logit_scale=math.log(10), init_logit_bias=-10.0)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         text = config.model.text
-        if (self.tokenizer.vocab_size, self.tokenizer.end_id) != (text.vocab_size, text.end_id):
+        end_id = text.get("end_id", self.tokenizer.end_id)  # a tower that pools at the last place has none
+        if (self.tokenizer.vocab_size, self.tokenizer.end_id) != (text.vocab_size, end_id):
             raise ConfigError(
                 f"{config.data.tokenizer} has {self.tokenizer.vocab_size} ids and end id {self.tokenizer.end_id}; "
-                f"model.text expects {text.vocab_size} and {text.end_id}"
+                f"model.text expects {text.vocab_size} and {end_id}"
             )
         source = open_source(config.data.train)
         groups = group_by(texts_of(source)) if config.data.group_by_text else None
@@ -86,7 +89,9 @@ class ClipTask:
 
         def embed(batch: Mapping[str, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
             inputs = {"image": self._normalize(batch["image"]), "text": batch["text"]}
-            (image, text, _), new_state = self.model.apply(variables, inputs, train=True, mutable=list(state))
+            (image, text, _), new_state = self.model.apply(
+                variables, inputs, train=True, mutable=list(state), rngs={"dropout": rng}
+            )
             return (image, text), new_state
 
         if self.config.micro_batches == 1:
@@ -158,6 +163,11 @@ def check_loss(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"label_smoothing {config.label_smoothing:g} with loss {config.loss}: expected 0 ≤ label_smoothing < 1, "
             "and 0 unless loss is softmax"
+        )
+    if config.micro_batches > 1 and config.model.vision.get("patch_dropout"):
+        raise ConfigError(
+            f"micro_batches {config.micro_batches} with patch_dropout {config.model.vision.patch_dropout:g}: every "
+            "micro-batch would lose the same patches; expected micro_batches 1 or patch_dropout 0"
         )
     if config.micro_batches > 1 and config.model.vision.kind == "resnet":
         raise ConfigError(

@@ -75,7 +75,7 @@ class PromptTexts:
             return question(questions.KIND_QUESTION), one(self._kinds)
         if task == "colour":
             return question(questions.COLOUR_QUESTION), one(self._colours)
-        pair = one(self._names), one(self._names)
+        pair = [self._kinds[int(i)] for i in rng.permutation(len(self._kinds))[:2]]
         return question(questions.which_question(*pair)), one(pair)
 
 
@@ -96,12 +96,10 @@ class EmojiDocuments:
     next_rate: float = 0.0
     tasks: Sequence[str] = TASKS
     _draws: dict[str, Draws] = field(default_factory=dict, init=False, repr=False)
-    _names: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         names, groups, colours = catalogue(self.source, self.shape.image_size)
-        self._names.extend(sorted(set(names)))
-        keys: dict[str, Sequence[str | None]] = {"caption": names, "which": names, "kind": groups, "colour": colours}
+        keys: dict[str, Sequence[str | None]] = {"caption": names, "which": groups, "kind": groups, "colour": colours}
         cache: dict[int, tuple[Pair, Image.Image]] = {}
         for task in self.tasks:
             some = [[i for i in group if keys[task][i] is not None] for group in group_by(keys[task])]
@@ -157,11 +155,11 @@ class EmojiDocuments:
                 # The record has one, but a replacement for a bad one may not.
                 answer = questions.main_colour(transforms.evaluation_image(image, self.shape.image_size)) or "grey"
                 return Shot(media, question(questions.COLOUR_QUESTION), answer)
-            other = pair.text
-            while other == pair.text and len(self._names) > 1:
-                other = self._names[rng.integers(len(self._names))]
-            first, second = (pair.text, other) if rng.random() < 0.5 else (other, pair.text)
-            return Shot(media, question(questions.which_question(first, second)), pair.text)
+            kind = questions.KINDS[pair.group]
+            others = [other for other in questions.KINDS.values() if other != kind]
+            two = [kind, others[int(rng.integers(len(others)))]]
+            first, second = two if rng.random() < 0.5 else two[::-1]
+            return Shot(media, question(questions.which_question(first, second)), kind)
 
         return self._draws[task](position, shot)
 

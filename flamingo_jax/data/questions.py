@@ -1,7 +1,7 @@
-"""Questions with short answers about pictures of named things: what kind, which colour, which of two.
+"""Questions with short answers about pictures of things: what kind, which colour, which of two kinds.
 
 Answers are balanced, so that a text alone scores no better than chance: every kind and every colour is as often
-the right answer as any other, and of two names either is, in either place.
+the right answer as any other, and of two kinds either is, in either place.
 """
 
 import colorsys
@@ -83,30 +83,26 @@ def balanced(classes: Mapping[str, Sequence[int]], count: int, rng: np.random.Ge
     return chosen
 
 
-def ask(
-    names: Sequence[str], groups: Sequence[str], colours: Sequence[str | None], count: int, seed: int
-) -> list[Asked]:
-    """About `count` questions of each task on records with these names, groups and main colours."""
+def ask(groups: Sequence[str], colours: Sequence[str | None], count: int, seed: int) -> list[Asked]:
+    """About `count` questions of each task on records of these groups and main colours."""
     rng = np.random.default_rng(seed)
+    by_kind: dict[str, list[int]] = {}
+    by_colour: dict[str, list[int]] = {}
+    for i, (group, colour) in enumerate(zip(groups, colours, strict=True)):
+        by_kind.setdefault(KINDS[group], []).append(i)
+        if colour is not None:
+            by_colour.setdefault(colour, []).append(i)
+    asked = [Asked(r, "kind", KIND_QUESTION, kind) for r, kind in balanced(by_kind, count, rng)]
+    asked += [Asked(r, "colour", COLOUR_QUESTION, colour) for r, colour in balanced(by_colour, count, rng)]
 
-    def by(keys: Sequence[str | None]) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for i, key in enumerate(keys):
-            if key is not None:
-                found.setdefault(key, []).append(i)
-        return found
-
-    asked = [Asked(r, "kind", KIND_QUESTION, KINDS[group]) for r, group in balanced(by(groups), count, rng)]
-    asked += [Asked(r, "colour", COLOUR_QUESTION, colour) for r, colour in balanced(by(colours), count, rng)]
-
-    # Around a circle of the names, each is right once and wrong once, first once and second once.
-    records = by(names)
-    circle = [str(name) for name in rng.permutation(sorted(records))]
-    for turn in range(-(-count // len(circle))):
-        for i, name in enumerate(circle[: count - turn * len(circle)]):
-            other = circle[(i + 1 + turn) % len(circle)]
-            pair = (name, other) if i % 2 == 0 else (other, name)
-            asked.append(Asked(int(rng.choice(records[name])), "which", which_question(*pair), name))
+    # Each kind is wrong beside each other one in turn, first and second in turn.
+    chosen = balanced(by_kind, count, rng)
+    kinds = sorted({kind for _, kind in chosen})
+    for i, (record, kind) in enumerate(chosen):
+        others = [other for other in kinds if other != kind] or [kind]
+        other = others[i // 2 % len(others)]
+        pair = (kind, other) if i % 2 == 0 else (other, kind)
+        asked.append(Asked(record, "which", which_question(*pair), kind))
     return asked
 
 

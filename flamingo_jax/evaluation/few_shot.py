@@ -163,7 +163,7 @@ class Pictures:
         self.references = [[names[i], *source[i].keywords] for i in self.records]
 
     def ask(self, count: int, seed: int) -> list[questions.Asked]:
-        return questions.ask(self.names, self.groups, self.colours, count, seed)
+        return questions.ask(self.groups, self.colours, count, seed)
 
     def shot(self, asked: questions.Asked) -> Shot:
         return Shot(self.media[asked.record], question(asked.question), asked.answer)

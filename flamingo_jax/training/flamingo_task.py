@@ -97,7 +97,7 @@ class FlamingoTask:
             if not there:
                 family = found[name].get("family", "foreign")
                 raise ConfigError(f"init.{name}={self.config.init[name]}: a {family} checkpoint, without a {what}")
-        compare("init.vision", clip["towers"]["vision"], model.vision.to_dict(), ("remat",))
+        compare("init.vision", clip["towers"]["vision"], model.vision.to_dict(), ("remat", "patch_dropout"))
         ours = {"embed_dim": model.embed_dim, "activation": model.activation}
         compare("init.vision", {key: clip[key] for key in ours}, ours)
         preprocess = {"mean": list(data.mean), "std": list(data.std)}

@@ -1,0 +1,95 @@
+"""`clip-jax import | export | info`: published weights as a checkpoint, a model in others' formats, what a model is."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the three to the subparsers of `clip-jax`. (Nothing heavy is imported before one of them runs.)"""
+    published = "hf:DIR, openai:FILE, open_clip:FILE,CONFIG.json or open_clip:DIR"
+
+    def command(name: str, run: Any, text: str, model: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(run=run)
+        one.add_argument("model", help=model)
+        one.add_argument("--image-size", type=int, metavar="S", help="another resolution than the weights'")
+        one.add_argument("--preprocess", choices=("clip", "siglip"), help="where no file beside the weights says it")
+        one.add_argument("--tokenizer", metavar="PATH", help="where none is beside the weights, if it is not OpenAI's")
+        one.add_argument(
+            "--allow", action="append", default=[], metavar="REGEX", help="tensors that may be missing or unused"
+        )
+        return one
+
+    one = command("import", import_command, "Turns published weights into a checkpoint of this project.", published)
+    one.add_argument("workdir", type=Path, help="a new directory; start from it with --config.init.vision=WORKDIR")
+    any_model = f"a run's workdir, a checkpoint, or {published}"
+    one = command("export", export_command, "Writes a model as others' libraries read it.", any_model)
+    one.add_argument("directory", type=Path, help="a new directory")
+    one.add_argument("--format", choices=("hf", "open_clip"), required=True, help="whose")
+    one = command("info", info_command, "Says what a model is: sizes, parameters, preprocessing, tokenizer.", any_model)
+    one.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return dict(image_size=arguments.image_size, preprocess=arguments.preprocess, allow=arguments.allow)
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from clip_jax.loading import load
+
+    return load(arguments.model, tokenizer=arguments.tokenizer, **_options(arguments))
+
+
+def import_command(arguments: argparse.Namespace) -> None:
+    from clip_jax.errors import ConfigError
+    from clip_jax.interop import published
+
+    if not published.is_published(arguments.model):
+        raise ConfigError(f"{arguments.model}: expected one of {', '.join(f'{kind}:PATH' for kind in published.KINDS)}")
+    model = published.read(arguments.model, **_options(arguments))
+    path = Path(arguments.model.partition(":")[2].partition(",")[0])
+    where = published.find_tokenizer(model, path, arguments.tokenizer)
+    checkpoint = published.save(model, published.open_tokenizer(where, model), where, arguments.workdir)
+    print(f"{arguments.model}: {model.report.summary()}")
+    print(f"wrote {checkpoint}")
+
+
+def export_command(arguments: argparse.Namespace) -> None:
+    import dataclasses
+
+    from clip_jax.interop import published
+
+    model = _load(arguments)
+    config, fields = model.metadata["config"]["model"], dataclasses.asdict(model.preprocess)
+    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+    published.WRITERS[arguments.format](arguments.directory, config, model.params, fields)
+    print(f"wrote {', '.join(str(file) for file in sorted(arguments.directory.iterdir()))}")
+
+
+def info_command(arguments: argparse.Namespace) -> None:
+    import jax
+
+    model = _load(arguments)
+    about, params = model.metadata["model"], model.params["params"]
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in sorted(params.items())}
+    info = {
+        "family": about["family"],
+        "source": model.metadata.get("source", "trained here"),
+        "step": model.metadata.get("step", 0),
+        "parameters": {"all": sum(counts.values()), **counts},
+        "embed_dim": about["embed_dim"],
+        "activation": about["activation"],
+        "vision": about["towers"]["vision"],
+        "text": about["towers"]["text"],
+        "preprocess": about["preprocess"],
+        "tokenizer": about["tokenizer"]["file"],
+    }
+    if arguments.json:
+        print(json.dumps(info, indent=1))
+        return
+    for key, value in info.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v:,}" if key == "parameters" else f"{k} {v}" for k, v in value.items())
+        print(f"{key:12}{value}")

@@ -1,0 +1,232 @@
+"""From their state dicts to our variables and back, both by one table for each layout.
+
+A table's rows pair a path of ours ("params/vision/ln_post/scale") with a key of theirs. `axes` says how the
+dimensions correspond, ours before the arrow: "d h k -> (h k) d" turns our kernel [D, H, K] into their matrix
+[H·K, D]. A `*` in their key is the number of a layer, and stands for our leading `layers` dimension.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from clip_jax import sharding
+from clip_jax.errors import CheckpointError
+from clip_jax.models.variants import build_two_tower
+
+Arrays = dict[str, np.ndarray]
+PyTree = Any
+
+
+class Row(NamedTuple):
+    """`part` (i, n): ours is the i-th of n equal parts of their first dimension (queries, keys and values)."""
+
+    ours: str
+    theirs: str
+    axes: str = ""
+    part: tuple[int, int] = (0, 1)
+
+
+@dataclass
+class Report:
+    """What became of each tensor. `used`: their key → our paths; `unused` and `missing`: their keys;
+    `wrong_shape`: their key → (its shape, the expected one); `ignored`: constants that are no weights.
+    """
+
+    used: dict[str, list[str]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+    def check(self, label: str, allow: Sequence[str]) -> None:
+        """Raises CheckpointError for a wrong shape, and for what is missing or unused and not allowed."""
+        for key, (got, expected) in self.wrong_shape.items():
+            raise CheckpointError(f"{label}: {key} has shape {list(got)}; this model expects {list(expected)}")
+        faults = []
+        for kind, keys in (("missing", self.missing), ("unused", self.unused)):
+            if left := [key for key in keys if not any(re.match(pattern, key) for pattern in allow)]:
+                faults.append(f"{len(left)} tensors {kind} (first: {left[0]})")
+        if faults:
+            raise CheckpointError(f"{label}: {', '.join(faults)}; a pattern of `allow` accepts them")
+
+    def summary(self) -> str:
+        return (
+            f"{len(self.used)} tensors used, {len(self.missing)} missing, {len(self.unused)} unused, "
+            f"{len(self.ignored)} constants ignored"
+        )
+
+
+def initial_variables(config: Mapping[str, Any]) -> PyTree:
+    """The variables of a model of `get_variant`'s shape, drawn from seed 0."""
+    size, length = config["vision"]["image_size"], config["text"]["context_length"]
+    batch = {"image": jnp.zeros((1, size, size, 3)), "text": jnp.zeros((1, length), jnp.int32)}
+    return sharding.unbox(jax.jit(build_two_tower(config).init)(jax.random.key(0), batch))
+
+
+def to_ours(
+    rows: Sequence[Row],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    label: str,
+    *,
+    allow: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+) -> tuple[PyTree, Report]:
+    """Their tensors as variables {"params": …, "batch_stats": …}, float32, and what became of each.
+
+    Args:
+      rows: the layout. Rows for variables that this model lacks are passed over.
+      config: the model, in `get_variant`'s shape.
+      tensors: their key → array of any float dtype.
+      label: what errors begin with: the file.
+      allow: regular expressions for the start of keys that may be missing (they are then initialised) or unused.
+      ignore: the same, for constants that carry no weights.
+
+    Raises:
+      CheckpointError: a tensor is missing, left over, of another shape, or not of finite floats.
+    """
+    # As large a model as a config may claim: only its shapes are made.
+    shapes = {path: x.shape for path, x in _flat(jax.eval_shape(lambda: initial_variables(config))).items()}
+    report = Report()
+    found: Arrays = {}
+    left_out = set()
+    for row in rows:
+        if row.ours not in shapes:
+            continue
+        pieces = []
+        for key, inner in _keys(row, shapes[row.ours]):
+            expected = (inner[0] * row.part[1], *inner[1:]) if inner else inner
+            if key not in tensors:
+                report.missing.append(key)
+            elif tensors[key].shape != expected:
+                report.wrong_shape[key] = (tensors[key].shape, expected)
+            else:
+                report.used.setdefault(key, []).append(row.ours)
+                pieces.append(_from_theirs(row, _as_float32(tensors[key], f"{label}: {key}"), shapes[row.ours]))
+        if len(pieces) == _layers(row, shapes[row.ours]):
+            found[row.ours] = np.stack(pieces) if "*" in row.theirs else pieces[0]
+        else:
+            left_out.add(row.ours)
+    report.missing = list(dict.fromkeys(report.missing))
+    for key in tensors:
+        if key not in report.used and key not in report.wrong_shape:
+            (report.ignored if any(re.match(p, key) for p in ignore) else report.unused).append(key)
+    report.check(label, allow)
+    if left_out:
+        drawn = _flat(initial_variables(config))
+        found |= {path: np.asarray(drawn[path]) for path in left_out}
+    if unmapped := sorted(shapes.keys() - found.keys()):
+        raise CheckpointError(f"{label}: this layout has no {unmapped[0]}")
+    return traverse_util.unflatten_dict(found, sep="/"), report
+
+
+def to_theirs(rows: Sequence[Row], variables: PyTree) -> Arrays:
+    """The inverse of `to_ours`: their key → array, of our dtypes.
+
+    Raises CheckpointError naming a variable that the layout has no place for.
+    """
+    ours = {path: np.asarray(leaf) for path, leaf in _flat(variables).items()}
+    if unmapped := sorted(ours.keys() - {row.ours for row in rows}):
+        raise CheckpointError(f"this layout has no place for {unmapped[0]}")
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for row in rows:
+        if row.ours in ours:
+            value = ours[row.ours]
+            layers = value if "*" in row.theirs else [value]
+            for (key, shape), layer in zip(_keys(row, value.shape), layers, strict=True):
+                left, right = _axes(row, layer.shape)
+                moved = layer.transpose([left.index(name) for name in right if name in left]) if row.axes else layer
+                parts.setdefault(key, {})[row.part[0]] = np.array(moved.reshape(shape), order="C")
+    return {
+        key: np.concatenate([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
+        for key, found in parts.items()
+    }
+
+
+def resize_positions(position_NxD: np.ndarray, grid: int, prefix: int) -> np.ndarray:
+    """A square grid's position embedding for another grid, [prefix + grid², D]; the prefix's stay.
+
+    Bicubic (a = -0.5) with antialiasing, as open_clip's `resize_pos_embed` has it.
+    """
+    old = math.isqrt(len(position_NxD) - prefix)
+    if old * old != len(position_NxD) - prefix or old == grid:
+        return position_NxD
+    squares = jnp.asarray(position_NxD[prefix:], jnp.float32).reshape(old, old, -1)
+    resized = jax.image.resize(squares, (grid, grid, squares.shape[-1]), "cubic", antialias=True)
+    return np.concatenate([np.float32(position_NxD[:prefix]), np.asarray(resized).reshape(grid * grid, -1)])
+
+
+def norm(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def linear(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}/kernel", f"{theirs}.weight", "d m -> m d"), Row(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def split_heads(ours: str, theirs: str, part: tuple[int, int] = (0, 1), dot: str = ".") -> list[Row]:
+    return [
+        Row(f"{ours}/kernel", f"{theirs}{dot}weight", "d h k -> (h k) d", part),
+        Row(f"{ours}/bias", f"{theirs}{dot}bias", "h k -> (h k)", part),
+    ]
+
+
+def joint_heads(ours: str, theirs: str) -> list[Row]:
+    """Query, key and value in one matrix, as torch.nn.MultiheadAttention keeps them."""
+    parts = enumerate(("query", "key", "value"))
+    return [row for i, name in parts for row in split_heads(f"{ours}/{name}", f"{theirs}.in_proj", (i, 3), "_")]
+
+
+def merge_heads(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}/kernel", f"{theirs}.weight", "h k d -> d (h k)"), Row(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def _flat(tree: PyTree) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _layers(row: Row, shape: tuple[int, ...]) -> int:
+    return shape[0] if "*" in row.theirs else 1
+
+
+def _keys(row: Row, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Each of their keys and the shape of our part in it."""
+    inner = shape[1:] if "*" in row.theirs else shape
+    if row.axes:
+        sizes = dict(zip(row.axes.split("->")[0].split(), inner, strict=True)) | {"1": 1}
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", row.axes.split("->")[1])
+        inner = tuple(math.prod(sizes[name] for name in (group or single).split()) for group, single in groups)
+    return [(row.theirs.replace("*", str(i)), inner) for i in range(_layers(row, shape))]
+
+
+def _axes(row: Row, shape: tuple[int, ...]) -> tuple[list[str], list[str]]:
+    left, right = row.axes.split("->") if row.axes else ("", "")
+    return left.split(), re.sub("[()]", " ", right).split()
+
+
+def _from_theirs(row: Row, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    index, count = row.part
+    value = np.split(value, count)[index] if count > 1 else value
+    if not row.axes:
+        return value
+    inner = shape[1:] if "*" in row.theirs else shape
+    left, right = _axes(row, inner)
+    sizes = dict(zip(left, inner, strict=True))
+    right = [name for name in right if name in sizes]
+    return value.reshape([sizes[name] for name in right]).transpose([right.index(name) for name in left])
+
+
+def _as_float32(value: np.ndarray, label: str) -> np.ndarray:
+    if value.dtype.kind in "iubc":
+        raise CheckpointError(f"{label} is {value.dtype}; floats expected")
+    wide = np.asarray(value, np.float32)
+    if np.isinf(wide).any():
+        raise CheckpointError(f"{label} holds infinities")
+    return wide
