@@ -1,6 +1,7 @@
 """Documents: φ, the masks, what is learned; the emoji as pages, pairs and clips; questions that a text can't answer."""
 
 import collections
+import re
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from clip_jax.data.transforms import Augmentation
 from clip_jax.errors import ConfigError, RecordError
 from flamingo_jax.data import questions
 from flamingo_jax.data.documents import END, Document, Media, Shape, Text, encode, interleave, length, phi
-from flamingo_jax.data.emoji import MOVES, EmojiDocuments, catalogue
+from flamingo_jax.data.emoji import MOVES, EmojiDocuments, PromptTexts, catalogue
 from flamingo_jax.data.prompts import CAPTION, Shot, few_shot, question
 from flamingo_jax.data.tokenizer import TextTokenizer, open_tokenizer
 
@@ -214,3 +215,22 @@ def test_colours_are_what_one_sees() -> None:
 def test_a_caption_prompt_is_the_papers() -> None:
     parts = Shot(image(1), CAPTION, "a cat").parts()
     assert [part.text for part in parts if isinstance(part, Text)] == ["Output:", " a cat"]
+
+
+def test_blind_pages_read_like_the_real_ones(tokenizer: TextTokenizer) -> None:
+    texts = PromptTexts(open_source("emoji:unseen_concepts"), pages=40)
+    assert len(texts) == 40 and texts[3] == texts[3] != texts[4]
+    real = documents("pages", tokenizer)
+    prompts = {
+        re.split("answer:|output:", shot)[0] + shot[len(re.split("answer:|output:", shot)[0]) :].split(":")[0]
+        for position in range(40)
+        for page in [real(position)]
+        for shot in tokenizer.decode(page["text"][page["text_mask"]]).split("<image>")[1:]
+        if "is this" not in shot.replace("colour is this", "").replace("thing is this", "")
+    }
+    for i in range(40):
+        shots = texts[i].lower().split("<image>")[1:]
+        assert len(shots) == 5
+        for shot in shots:
+            start = shot.rsplit(":", 1)[0]
+            assert start in prompts or re.fullmatch(r"question: is this \w+ or \w+\? answer", start), start

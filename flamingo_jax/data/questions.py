@@ -25,7 +25,7 @@ KIND_QUESTION = "what kind of thing is this?"
 COLOUR_QUESTION = "which colour is this?"
 
 _HUES = ((15, "red"), (40, "orange"), (68, "yellow"), (165, "green"), (255, "blue"), (290, "purple"), (345, "pink"))
-MIN_SHARE = 0.5  # of what is drawn; below it a picture has no one colour
+MIN_SHARE = 0.4  # of what is drawn; below it a picture has no one colour
 
 
 def which_question(first: str, second: str) -> str:
