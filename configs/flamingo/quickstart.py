@@ -14,7 +14,7 @@ from flamingo_jax.models.variants import get_variant
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = flamingo_config("emoji")
     emoji_data(config)
-    config.steps = 1100
+    config.steps = 900
     config.log_every = 10
     config.checkpoint_every = 100
     config.optimizer.lr = 3e-3

@@ -14,7 +14,7 @@ from flamingo_jax.models.variants import get_language_model
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = language_model_config("wordnet")
-    config.steps = 400
+    config.steps = 360
     config.log_every = 10
     config.checkpoint_every = 100
     config.optimizer.lr = 3e-3
