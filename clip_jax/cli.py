@@ -235,3 +235,7 @@ def print_found(found: Sequence[Any], as_json: bool) -> None:
         print(one.query)
         for key, score in zip(one.keys, one.scores, strict=True):
             print(f"  {score:7.4f}  {key}")
+
+
+if __name__ == "__main__":
+    main()
