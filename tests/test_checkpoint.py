@@ -201,7 +201,7 @@ def test_imported_parameters_make_a_checkpoint(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CheckpointError, match="imported: exists already"):
         checkpoint.write(path, {}, {})
 
-    def fail(path: Path, frozen: list[str]) -> None:
+    def fail(path: Path, frozen: tuple[str, ...] = ()) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint, "write_manifest", fail)
@@ -223,7 +223,7 @@ def test_a_relative_directory_will_do(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_failed_save_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path, frozen: list[str]) -> None:
+    def fail(path: Path, frozen: tuple[str, ...] = ()) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint, "write_manifest", fail)

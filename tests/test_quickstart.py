@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 from conftest import CACHE, ROOT
-from test_training import CONFIG, environment
+from test_training import environment
 
 from launch import quickstart
+
+STAGES = ("train clip", "evaluate clip", "train language_model", "train flamingo", "evaluate flamingo", "report")
 
 
 def run(workdir: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "launch.quickstart", "--config", CONFIG, "--workdir", str(workdir)],
+        [sys.executable, "-m", "launch.quickstart", "--mode", "debug", "--workdir", str(workdir)],
         cwd=ROOT, env=environment(1) | {"JAX_COMPILATION_CACHE_DIR": str(CACHE)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -25,14 +27,21 @@ def run(workdir: Path) -> str:
 @pytest.mark.slow
 def test_the_quickstart_trains_evaluates_reports_and_knows_when_it_is_done(tmp_path: Path) -> None:
     printed = run(tmp_path)
-    for stage in ("train", "evaluate", "report"):
-        assert re.search(rf"\[\d/3\] {stage}: python -m launch\.{stage} ", printed)
+    for number, stage in enumerate(STAGES, 1):
+        assert re.search(rf"\[{number}/6\] {stage}: python -m launch\.{stage.split()[0]} ", printed), stage
     summary = json.loads((tmp_path / "summary.json").read_text())
     for source in ("held_out_style", "unseen_concepts", "unseen_concepts_held_out_style"):
         figures = summary["clip"][source]
         for key in ("top1", "top5", "recall_at_5", "image_to_text_recall_at_5"):
             assert 0 <= figures[key] <= 1 and 0 < figures["chance"][key] < 0.1, (source, key)
-    assert {"train", "evaluate", "total"} <= set(summary["seconds"])  # the report's own are not over yet
+    answers, captions = summary["flamingo"]["answers"], summary["flamingo"]["captions"]
+    for figures in (answers, answers["shots_0"], answers["shots_4"]):
+        assert all(0 <= figures[f"{images}_images"] <= 1 for images in ("true", "shuffled", "no"))
+        low, high = figures["interval"]
+        assert low <= figures["true_images"] - figures["shuffled_images"] <= high
+    assert 0.1 < answers["chance"]["all"] < 0.5 and {"shots_0", "shots_4"} <= captions.keys()
+    assert summary["language_model"]["held_out"]["loss"] < 9 and summary["flamingo"]["loss"]["true"] < 9
+    assert {*STAGES[:-1], "total"} <= set(summary["seconds"])  # the report's own are not over yet
     assert summary["clip"]["training"]["steps"] == 4
 
     page = (tmp_path / "report.html").read_text()
@@ -43,12 +52,12 @@ def test_the_quickstart_trains_evaluates_reports_and_knows_when_it_is_done(tmp_p
 
     trained = (tmp_path / "clip" / "metrics.jsonl").stat().st_mtime_ns
     again = run(tmp_path)
-    assert "[1/3] train: done\n[2/3] evaluate: done\n[3/3] report: done" in again and "all done" in again
+    assert "\n".join(f"[{i}/6] {stage}: done" for i, stage in enumerate(STAGES, 1)) in again and "all done" in again
     assert (tmp_path / "clip" / "metrics.jsonl").stat().st_mtime_ns == trained
 
     (tmp_path / "report.html").unlink()
     third = run(tmp_path)
-    assert "[2/3] evaluate: done" in third and "[3/3] report: python -m launch.report" in third
+    assert "[5/6] evaluate flamingo: done" in third and "[6/6] report: python -m launch.report" in third
     assert json.loads((tmp_path / "summary.json").read_text())["clip"] == summary["clip"]
 
 
