@@ -134,7 +134,7 @@ def test_nothing_but_the_tower_is_read(runs: Path, tmp_path: Path) -> None:
     config.init.vision = str(copy)
     _, state = start(config, mesh_of(ONE))
     assert digest(state.frozen["vision"]) == digest(checkpoint.load(runs / "clip", "params/vision"))
-    assert sizes["params.vision"] < 0.6 * sum(sizes.values())
+    assert sizes["params.text"] + sizes["train"] > 500_000  # there was something not to read
 
 
 def test_what_does_not_fit_is_said_before_anything_is_computed(runs: Path) -> None:
@@ -174,7 +174,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(runs: Path, tmp_path: Pat
     config = config_of(runs)
     tokenizer = json.loads((ASSETS / "wordnet" / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    a, b = (token for token in ("cat", "dog") if token in vocabulary)
+    a, b = (token for token, number in vocabulary.items() if number in (1000, 1001))
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     config.data.tokenizer = str(tmp_path / "tokenizer.json")
