@@ -121,7 +121,7 @@ def train_step_fn(task: Task, optimizer: optax.GradientTransformation, seed: int
             trainable=optax.apply_updates(state.trainable, updates),
             model_state=model_state,
             opt_state=opt_state,
-        ), metrics | {"loss": total, "gradient_norm": optax.global_norm(gradients)}
+        ), metrics | {"loss": total, "gradient_norm": optax.tree.norm(gradients)}
 
     return train_step
 

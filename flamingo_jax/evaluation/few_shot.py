@@ -25,6 +25,7 @@ from flamingo_jax.data.tokenizer import TextTokenizer
 from flamingo_jax.decoding.generate import make_generate
 from flamingo_jax.evaluation.captioning import cider
 from flamingo_jax.evaluation.statistics import bootstrap_interval
+from flamingo_jax.evaluation.vqa import exact_match
 from flamingo_jax.training.flamingo_task import FlamingoTask
 
 PyTree = Any
@@ -224,7 +225,7 @@ class _Run:
 
     def answers(self, asked: Sequence[questions.Asked]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         queries, tasks = [self.pictures.shot(a) for a in asked], [a.task for a in asked]
-        expected = np.array([a.answer for a in asked])
+        expected = [a.answer for a in asked]
         chance = questions.chance(asked)
         chance["all"] = float(np.mean([chance[task] for task in tasks]))
         examples = [
@@ -236,7 +237,7 @@ class _Run:
             right = {}
             for images in IMAGES:
                 said = self.say(with_images(queries, images, self.seed), tasks, n)
-                right[images] = np.array(said) == expected
+                right[images] = exact_match(said, expected)
                 if images == "true":
                     for example, text in zip(examples, said, strict=True):
                         example[f"shots_{n}"] = text
