@@ -2,7 +2,7 @@
 
     python -m launch.train --config configs/clip/quickstart.py --workdir runs/quickstart/clip
 
-Cost: about 5 minutes on 2 CPU cores. `configs/clip/quickstart.py:debug` takes seconds.
+Cost: about 6 minutes on 2 CPU cores. `configs/clip/quickstart.py:debug` takes seconds.
 """
 
 import ml_collections

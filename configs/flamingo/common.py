@@ -44,7 +44,7 @@ def flamingo_config(variant: str) -> ml_collections.ConfigDict:
     data.mixture = ml_collections.ConfigDict()  # stream → what a step draws of it
     config.evaluation = ml_collections.ConfigDict(
         {"source": "", "support": "", "shots": (0, 4), "count": 280, "quick": 40, "captions": 200, "batch_size": 32,
-         "answer_tokens": 12, "tokens": {"shot": 32, "query": 48}}
+         "answer_tokens": 12, "tokens": {"shot": 24, "query": 32}}
     )  # fmt: skip
     return config
 

@@ -2,7 +2,7 @@
 
     python -m launch.train --config configs/flamingo/quickstart.py --workdir runs/quickstart/flamingo
 
-Cost: about 5 minutes on 2 CPU cores. `configs/flamingo/quickstart.py:debug` takes seconds.
+Cost: about 4 minutes on 2 CPU cores. `configs/flamingo/quickstart.py:debug` takes seconds.
 """
 
 import ml_collections
@@ -14,7 +14,7 @@ from flamingo_jax.models.variants import get_variant
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = flamingo_config("emoji")
     emoji_data(config)
-    config.steps = 900
+    config.steps = 800
     config.log_every = 10
     config.checkpoint_every = 100
     config.optimizer.lr = 3e-3
@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.tokenizer = "wordnet/tokenizer.json"
     config.evaluation.quick = 0  # the next stage evaluates
     # As in the paper, pages count most and clips least.
-    config.data.mixture.pages = stream(images=5, frames=1, tokens=160, batch_size=8, weight=1.0)
+    config.data.mixture.pages = stream(images=5, frames=1, tokens=112, batch_size=8, weight=1.0)
     config.data.mixture.pairs = stream(images=1, frames=1, tokens=32, batch_size=16, weight=0.3)
     config.data.mixture.clips = stream(images=1, frames=4, tokens=32, batch_size=8, weight=0.1)
     if arg == "debug":

@@ -3,7 +3,7 @@ questions with blind answers, for Flamingo to freeze.
 
     python -m launch.train --config configs/flamingo/quickstart_lm.py --workdir runs/quickstart/language_model
 
-Cost: about 2 minutes on 2 CPU cores. `configs/flamingo/quickstart_lm.py:debug` takes seconds.
+Cost: about 3 minutes on 2 CPU cores. `configs/flamingo/quickstart_lm.py:debug` takes seconds.
 """
 
 import ml_collections
