@@ -14,9 +14,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = clip_config("emoji-ViT")
     emoji_data(config)
     config.batch_size = 256
-    config.steps = 800
+    config.steps = 300
     config.log_every = 10
-    config.evaluate_every = 200
+    config.evaluate_every = 0
     config.checkpoint_every = 100
     config.optimizer.lr = 2e-3
     config.optimizer.warmup_steps = 50
