@@ -76,7 +76,8 @@ def sum_over_pairs(
       axes: the mesh axes of the ring.
     """
     n = jax.tree.leaves(images)[0].shape[0]
-    tiles = -(-n // TILE)
+    # Two at least, of a batch spread so far that one would do: what is alive beside a tile is then the smaller.
+    tiles = max(-(-n // TILE), 2 if n >= TILE // 2 else 1)
     t = -(-n // tiles)
     devices = lax.axis_size(axes)
     onward = [(i, (i + 1) % devices) for i in range(devices)]
