@@ -51,7 +51,7 @@ def stages(workdir: Path, mode: str) -> list[Stage]:
 
 def newest_step(run: Path) -> int:
     """The step of a run's newest finished checkpoint; 0 where there is none."""
-    return max((int(p.parent.name) for p in run.glob("checkpoints/*/manifest.json")), default=0)
+    return max((int(p.parent.name) for p in run.glob("checkpoints/[0-9]*[0-9]/manifest.json")), default=0)
 
 
 def is_trained(run: Path) -> bool:
