@@ -5,7 +5,7 @@
     python -m launch.evaluate --workdir runs/smollm2
 
 Needs the quickstart's CLIP in runs/quickstart/clip, and the extra `import` for the first command.
-Cost: about half an hour on 2 CPU cores. `configs/flamingo/smollm2.py:debug` takes seconds, with the debug models.
+Cost: more than an hour on 2 CPU cores. `configs/flamingo/smollm2.py:debug` takes seconds, with the debug models.
 """
 
 import ml_collections
@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = flamingo_config("emoji-SmolLM2-135M")
     emoji_data(config)
     config.model.remat = True
-    config.steps = 240
+    config.steps = 1000
     config.log_every = 5
     config.checkpoint_every = 50
     config.optimizer.lr = 1e-3
