@@ -5,6 +5,8 @@ VENV ?= .venv
 PEERS_VENV ?= .venv-peers
 RUN = $(VENV)/bin/python
 PYTEST_ARGS ?=
+# A module's tests share their fixtures, so they stay in one process.
+WORKERS ?= 2
 # Large pages for XLA's buffers on a CPU, kept instead of returned to the system: a third less time (glibc only).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8000000000:glibc.malloc.mmap_threshold=4000000000
 
@@ -14,7 +16,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) -m launch.quickstart
 
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
 
 # Against PyTorch's CLIP and SigLIP, in an environment of their own.
 test-peers: $(PEERS_VENV)/.installed

@@ -137,6 +137,22 @@ def test_nothing_but_the_tower_is_read(runs: Path, tmp_path: Path) -> None:
     assert sizes["params.text"] + sizes["train"] > 500_000  # there was something not to read
 
 
+def test_a_resampler_may_start_from_another_flamingos(runs: Path, tmp_path: Path) -> None:
+    mesh = mesh_of(ONE)
+    first, second = config_of(runs), config_of(runs)
+    state = save(FlamingoTask(first, mesh), first, tmp_path / "first", mesh)
+    second.seed, second.init.resampler = 1, str(tmp_path / "first")
+    _, moved = start(second, mesh)
+    assert digest(moved.trainable["resampler"]) == digest(state.trainable["resampler"])
+    assert digest(moved.trainable["gated"]) != digest(state.trainable["gated"])
+    second.init.resampler = str(runs / "clip")
+    with pytest.raises(ConfigError, match="a clip checkpoint, without a resampler"):
+        FlamingoTask(second, mesh).sources()
+    second.init.resampler, second.model.resampler.width = str(tmp_path / "first"), 16
+    with pytest.raises(ConfigError, match="init.resampler: width is 32 in the checkpoint; this config expects 16"):
+        FlamingoTask(second, mesh).sources()
+
+
 def test_what_does_not_fit_is_said_before_anything_is_computed(runs: Path) -> None:
     mesh = mesh_of(ONE)
 

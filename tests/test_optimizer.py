@@ -48,6 +48,20 @@ def test_a_step_is_adamws() -> None:
         np.testing.assert_allclose(updates[key], expected, rtol=1e-4)
 
 
+def test_patterns_scale_learning_rates() -> None:
+    config = clip_config("debug-ViT").optimizer
+    config.lr, config.warmup_steps = 0.1, 0
+    params = {"gated": {"gate": jnp.ones(2), "kernel": jnp.ones(2)}, "gate": jnp.ones(2)}
+    plain = optimizer.make_optimizer(config, 1000)
+    config.lr_factors = (("gated/gate", 30.0), ("gated/", 2.0))
+    scaled = optimizer.make_optimizer(config, 1000)
+    expected, _ = plain.update(params, plain.init(params), params)
+    got, _ = scaled.update(params, scaled.init(params), params)
+    np.testing.assert_allclose(got["gated"]["gate"], 30 * expected["gated"]["gate"], rtol=1e-6)  # the first match
+    np.testing.assert_allclose(got["gated"]["kernel"], 2 * expected["gated"]["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(got["gate"], expected["gate"])  # a path's start, not any part of it
+
+
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     config = clip_config("debug-ViT").optimizer
     config.lr, config.warmup_steps = 1.0, 10

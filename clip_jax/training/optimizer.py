@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -59,12 +60,26 @@ def clamp_logit_scale(maximum: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
+def scale_by_pattern(factors: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    """Multiplies the updates of the parameters whose path's start matches a pattern; the first one that does counts."""
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None) -> tuple[PyTree, optax.EmptyState]:
+        def scale(path: tuple[Any, ...], u: jax.Array) -> jax.Array:
+            name = path_string(path)
+            return next((u * factor for pattern, factor in factors if re.match(pattern, name)), u)
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """The chain: clip by the global norm, Adam, decoupled decay, learning rate, bounded temperature."""
+    """The chain: clip by the global norm, Adam, decoupled decay, learning rate (by pattern), bounded temperature."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=partial(decay_mask, no_decay=config.no_decay)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
+        scale_by_pattern(config.lr_factors),
         clamp_logit_scale(config.max_logit_scale),
     )

@@ -48,6 +48,7 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     optimizer.lr = 5e-4
     optimizer.warmup_steps = 2000
     optimizer.decay = "cosine"
+    optimizer.lr_factors = ()  # ((pattern for the start of paths, factor of their learning rate), …)
     optimizer.no_decay = ""  # a pattern for the start of paths without weight decay, beside gains and biases
     vit = config.model.vision.kind == "vit"
     optimizer.b1 = 0.9

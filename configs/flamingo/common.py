@@ -21,7 +21,7 @@ def run_config(task: str) -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict({"threads": 2, "prefetch": 2, "max_rejected_share": 0.01})
     config.optimizer = ml_collections.ConfigDict(
         {"lr": 1e-4, "warmup_steps": 5000, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
-         "max_logit_scale": 100.0, "decay": "constant", "no_decay": ""}
+         "max_logit_scale": 100.0, "decay": "constant", "no_decay": "", "lr_factors": ()}
     )  # fmt: skip
     return config
 
@@ -31,7 +31,8 @@ def flamingo_config(variant: str) -> ml_collections.ConfigDict:
     config = run_config("flamingo")
     config.model = get_variant(variant)
     config.frozen = ("vision/", "language_model/")
-    config.init = ml_collections.ConfigDict({"vision": "", "language_model": ""})  # workdirs or checkpoints
+    # Workdirs or checkpoints. The frozen parts need one; the resampler may start from another Flamingo's.
+    config.init = ml_collections.ConfigDict({"vision": "", "language_model": "", "resampler": ""})
     config.optimizer.no_decay = "resampler/"
     data = config.data
     data.train = ""

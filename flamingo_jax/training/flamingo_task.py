@@ -25,7 +25,7 @@ from flamingo_jax.training.language_model_task import check_vocabulary
 from flamingo_jax.training.losses import next_token_losses
 
 PyTree = Any
-FROZEN = ("vision/", "language_model/")
+REQUIRED = ("vision", "language_model")  # of config.init
 
 
 class FlamingoTask:
@@ -81,20 +81,25 @@ class FlamingoTask:
         return variables.pop("params"), variables
 
     def sources(self) -> Mapping[str, str]:
-        """Where the tower and the language model come from; their own words are compared with the config first."""
+        """Where the tower, the language model and perhaps the resampler come from.
+
+        What their checkpoints say of themselves is compared with the config first.
+        """
         model, data = self.config.model, self.config.data
+        init = {name: path for name, path in self.config.init.items() if path or name in REQUIRED}
         found = {}
-        for name in ("vision", "language_model"):
-            path = self.config.init[name]
+        for name, path in init.items():
             if not path:
                 raise ConfigError(f"init.{name} is empty: name the run or checkpoint that it is taken from")
             found[name] = checkpoint.metadata(checkpoint.latest(Path(path))).get("model", {})
         clip, lm = found["vision"], found["language_model"]
+        flamingo = found.get("resampler", {}).get("flamingo", {})
         for name, there, what in (
             ("vision", "vision" in clip.get("towers", {}), "tower `vision`"),
             ("language_model", "language_model" in lm, "language model"),
+            ("resampler", "resampler" in flamingo, "resampler"),
         ):
-            if not there:
+            if name in init and not there:
                 family = found[name].get("family", "foreign")
                 raise ConfigError(f"init.{name}={self.config.init[name]}: a {family} checkpoint, without a {what}")
         compare("init.vision", clip["towers"]["vision"], model.vision.to_dict(), ("remat", "patch_dropout"))
@@ -105,7 +110,10 @@ class FlamingoTask:
         compare("init.language_model", lm["language_model"], model.language_model.to_dict(), ("embedding_std",))
         digests = {"tokenizer.sha256": self.tokenizer.digest()}
         compare("init.language_model", {"tokenizer.sha256": lm["tokenizer"]["sha256"]}, digests)
-        return dict(self.config.init)
+        if flamingo:
+            compare("init.resampler", flamingo["resampler"], model.resampler.to_dict())
+            compare("init.resampler", flamingo["vision"], model.vision.to_dict(), ("remat", "patch_dropout"))
+        return init
 
     def loss(
         self, trainable: PyTree, frozen: PyTree, state: PyTree, batch: Mapping[str, jax.Array], rng: jax.Array
