@@ -6,7 +6,7 @@
 
 Needs the quickstart's CLIP and Flamingo in runs/quickstart, and the extra `import` for the first command. The
 resampler starts from the quickstart's: 60 steps then tell the right images from others, which they do not otherwise.
-Cost: about 40 minutes on 2 CPU cores. `configs/flamingo/smollm2.py:debug` takes seconds, with the debug models.
+Cost: about 35 minutes on 2 CPU cores. `configs/flamingo/smollm2.py:debug` takes seconds, with the debug models.
 """
 
 import ml_collections
