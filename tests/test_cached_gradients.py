@@ -100,6 +100,14 @@ def test_what_cannot_be_is_named() -> None:
         config = quickstart.get_config("debug")
         config.micro_batches = 2
         ClipTask(config, mesh)
+    with pytest.raises(
+        ConfigError, match="micro_batches 2 with dropout: every micro-batch would draw the same; expected"
+    ):
+        config = make_config(2)
+        config.model.vision.patch_dropout = 0.5
+        ClipTask(config, mesh)
+    config.frozen = ("vision/",)  # a locked tower drops nothing
+    ClipTask(config, mesh)
     task = ClipTask(make_config(3), mesh)
     params = sharding.unbox(jax.eval_shape(task.init, jax.random.key(0))[0])
     with pytest.raises(ConfigError, match="micro_batches 3: expected a divisor of 2, the examples that each of the 8"):

@@ -22,11 +22,12 @@ from clip_jax.training import state as train_state
 from clip_jax.training.clip_task import ClipTask
 from clip_jax.training.loop import first_state
 from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.starting_points import compare
 from configs.clip import quickstart as clip_config
 from configs.flamingo import quickstart as flamingo_config
 from configs.flamingo import quickstart_lm, smollm2
 from flamingo_jax.data.tokenizer import ASSETS
-from flamingo_jax.training.flamingo_task import FlamingoTask, compare
+from flamingo_jax.training.flamingo_task import FlamingoTask
 from flamingo_jax.training.language_model_task import LanguageModelTask
 
 ONE = {"replica": 1, "fsdp": 1, "tensor": 1}

@@ -1,7 +1,7 @@
 """Two towers and a temperature (arXiv 2103.00020 fig. 3)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ class TwoTower(nn.Module):
     Embeddings are L2-normalised, float32. Either input may be missing; its embedding is then None.
     `extras`: `logit_scale` (the multiplier exp(t), a scalar), `logit_bias` (a scalar, only where
     `init_logit_bias` is given, for the sigmoid loss), `image_tokens`, `text_tokens`.
+    `locked` names towers that are not trained where `train` is true.
     """
 
     vision: nn.Module
@@ -31,7 +32,7 @@ class TwoTower(nn.Module):
 
     @nn.compact
     def __call__(
-        self, batch: Mapping[str, Array], *, train: bool = False
+        self, batch: Mapping[str, Array], *, train: bool = False, locked: Sequence[str] = ()
     ) -> tuple[Array | None, Array | None, dict[str, Any]]:
         t = self.param("logit_scale", nn.initializers.constant(self.init_logit_scale), ())
         extras: dict[str, Any] = {"logit_scale": jnp.exp(t)}
@@ -39,9 +40,9 @@ class TwoTower(nn.Module):
             extras["logit_bias"] = self.param("logit_bias", nn.initializers.constant(self.init_logit_bias), ())
         image_embedding = text_embedding = None
         if "image" in batch:
-            pooled, extras["image_tokens"] = self.vision(batch["image"], train=train)
+            pooled, extras["image_tokens"] = self.vision(batch["image"], train=train and "vision" not in locked)
             image_embedding = nn.with_logical_constraint(l2_normalize(pooled), ("batch", "joint"))
         if "text" in batch:
-            pooled, extras["text_tokens"] = self.text(batch["text"], train=train)
+            pooled, extras["text_tokens"] = self.text(batch["text"], train=train and "text" not in locked)
             text_embedding = nn.with_logical_constraint(l2_normalize(pooled), ("batch", "joint"))
         return image_embedding, text_embedding, extras

@@ -29,6 +29,7 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
 
     config.data = data = ml_collections.ConfigDict()
     data.train = ""  # KIND:WHERE, see clip_jax.data.sources
+    data.mixture = ml_collections.ConfigDict()  # or, in its place and batch_size's: name → `data_set`
     data.evaluate = ml_collections.ConfigDict()  # name → KIND:WHERE
     data.templates = "{}"  # of prompts: imagenet_80, imagenet_7, a text with {} or a file of one a line
     data.tokenizer = ""
@@ -58,6 +59,11 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     optimizer.clip_norm = 1.0  # 0: none
     optimizer.max_logit_scale = 100.0
     return config
+
+
+def data_set(source: str, batch_size: int, weight: float) -> ml_collections.ConfigDict:
+    """One of several data sets: where it is, how many pairs a step draws of it, the weight of their loss."""
+    return ml_collections.ConfigDict({"source": source, "batch_size": batch_size, "weight": weight})
 
 
 def emoji_data(config: ml_collections.ConfigDict) -> None:

@@ -1,6 +1,5 @@
 """Flamingo as a task: a frozen tower and a frozen language model from checkpoints, the parts between them trained."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from clip_jax.data.pipeline import Stream
 from clip_jax.data.sources import open_source
 from clip_jax.errors import ConfigError
 from clip_jax.training import checkpoint
+from clip_jax.training.starting_points import check_vision, compare
 from clip_jax.training.state import merge
 from flamingo_jax.data.documents import Shape
 from flamingo_jax.data.emoji import EmojiDocuments
@@ -85,7 +85,7 @@ class FlamingoTask:
 
         What their checkpoints say of themselves is compared with the config first.
         """
-        model, data = self.config.model, self.config.data
+        model = self.config.model
         init = {name: path for name, path in self.config.init.items() if path or name in REQUIRED}
         found = {}
         for name, path in init.items():
@@ -102,11 +102,7 @@ class FlamingoTask:
             if name in init and not there:
                 family = found[name].get("family", "foreign")
                 raise ConfigError(f"init.{name}={self.config.init[name]}: a {family} checkpoint, without a {what}")
-        compare("init.vision", clip["towers"]["vision"], model.vision.to_dict(), ("remat", "patch_dropout"))
-        ours = {"embed_dim": model.embed_dim, "activation": model.activation}
-        compare("init.vision", {key: clip[key] for key in ours}, ours)
-        preprocess = {"mean": list(data.mean), "std": list(data.std)}
-        compare("init.vision", {key: clip["preprocess"][key] for key in preprocess}, preprocess)
+        check_vision(self.config)
         compare("init.language_model", lm["language_model"], model.language_model.to_dict(), ("embedding_std",))
         digests = {"tokenizer.sha256": self.tokenizer.digest()}
         compare("init.language_model", {"tokenizer.sha256": lm["tokenizer"]["sha256"]}, digests)
@@ -163,12 +159,3 @@ class FlamingoTask:
                 "std": list(self.config.data.std),
             },
         }
-
-
-def compare(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
-    """Raises ConfigError for the first field of a checkpoint that is not the config's."""
-    for key in sorted((theirs.keys() | ours.keys()) - set(but)):
-        a, b = (tuple(x) if isinstance(x := side.get(key), list | tuple) else x for side in (theirs, ours))
-        same = math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float) else a == b
-        if not same:
-            raise ConfigError(f"{what}: {key} is {a!r} in the checkpoint; this config expects {b!r}")
