@@ -20,13 +20,13 @@ from tqdm import tqdm
 from clip_jax import sharding
 from clip_jax.data.sources import open_source
 from clip_jax.errors import ConfigError
-from clip_jax.evaluation.pairs import Evaluation, evaluate_source
+from clip_jax.evaluation.pairs import Evaluation
 from clip_jax.files import write_atomically
 from clip_jax.training import checkpoint
-from clip_jax.training.clip_task import ClipTask
 from flamingo_jax.evaluation import few_shot
 from flamingo_jax.training.flamingo_task import FlamingoTask
 from launch import command
+from launch.tasks import build_task
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run to evaluate.")
 SHOWN = 24  # examples of each source that predictions.json holds
@@ -64,13 +64,13 @@ def load(task: Any, path: Path) -> tuple[Any, Any]:
     return params, checkpoint.load(path, "state", abstract[1]) if jax.tree.leaves(abstract[1]) else {}
 
 
-def evaluate_clip(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    task = ClipTask(config, mesh)
+def evaluate_pairs(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    task: Any = build_task(config, mesh)
     found = {}
     with sharding.use_mesh(mesh):
-        encoder = task.encoder(*load(task, path), mesh)
+        evaluate_source = task.evaluator(*load(task, path), mesh)
         for name, spec in tqdm(config.data.evaluate.items(), desc="evaluate", unit="source", dynamic_ncols=True):
-            found[name] = evaluate_source(encoder, open_source(spec), config.data.templates)
+            found[name] = evaluate_source(open_source(spec))
     sources = {name: evaluation.figures for name, evaluation in found.items()}
     return {"sources": sources}, {name: predictions(evaluation) for name, evaluation in found.items()}
 
@@ -105,7 +105,7 @@ def predictions(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def print_clip(results: dict[str, Any]) -> None:
+def print_pairs(results: dict[str, Any]) -> None:
     print(f"{'':34}{'images':>8}{'classes':>9}{'top-1':>8}{'chance':>8}{'top-5':>8}{'R@5':>8}{'chance':>8}")
     for name, f in results["sources"].items():
         chance = f["chance"]
@@ -148,7 +148,9 @@ def print_flamingo(results: dict[str, Any]) -> None:
 
 Evaluator = Callable[[ml_collections.ConfigDict, Mesh, Path], tuple[dict[str, Any], dict[str, Any]]]
 EVALUATORS: dict[str, tuple[Evaluator, Callable[[dict[str, Any]], None]]] = {
-    "clip": (evaluate_clip, print_clip),
+    "clip": (evaluate_pairs, print_pairs),
+    "bag_of_words": (evaluate_pairs, print_pairs),
+    "captioning": (evaluate_pairs, print_pairs),
     "flamingo": (evaluate_flamingo, print_flamingo),
 }
 

@@ -12,32 +12,14 @@ from typing import Any
 import jax
 import ml_collections
 from absl import flags
-from jax.sharding import Mesh
 
 from clip_jax.errors import ConfigError
 from clip_jax.sharding import make_mesh
 from clip_jax.training.loop import train
-from clip_jax.training.task import Task
 from launch import command
+from launch.tasks import build_task
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
-
-
-def build_task(config: ml_collections.ConfigDict, mesh: Mesh) -> Task:
-    """The task that `config.task` names."""
-    if config.task == "clip":
-        from clip_jax.training.clip_task import ClipTask
-
-        return ClipTask(config, mesh)
-    if config.task == "language_model":
-        from flamingo_jax.training.language_model_task import LanguageModelTask
-
-        return LanguageModelTask(config, mesh)
-    if config.task == "flamingo":
-        from flamingo_jax.training.flamingo_task import FlamingoTask
-
-        return FlamingoTask(config, mesh)
-    raise ConfigError(f"task {config.task!r}: expected clip, language_model or flamingo")
 
 
 def main(config: ml_collections.ConfigDict) -> Any:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from clip_jax.data.sources import open_source
+from clip_jax.losses.next_token import next_token_losses
 from flamingo_jax.data.documents import Media, length
 from flamingo_jax.data.prompts import Shot
 from flamingo_jax.data.tokenizer import TextTokenizer, open_tokenizer
 from flamingo_jax.evaluation import few_shot
 from flamingo_jax.evaluation.few_shot import Pictures, Prompts, caption_scores, spread, with_images
-from flamingo_jax.training.losses import next_token_losses
 
 SIZE = 16
 

@@ -72,23 +72,36 @@ class Evaluation:
 
 
 def evaluate_source(encoder: Encoder, source: PairSource, templates: str | Sequence[str] = "{}") -> Evaluation:
+    """What `evaluate_scores` makes of the similarity of images and names; `templates`: see `get_templates`."""
+
+    def similarity(image: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        return image @ zero_shot.class_embeddings(encoder.texts, names, get_templates(templates)).T
+
+    return evaluate_scores(encoder, source, similarity)
+
+
+def evaluate_scores(
+    encoder: Encoder, source: PairSource, score: Callable[[np.ndarray, Sequence[str]], np.ndarray]
+) -> Evaluation:
     """Zero-shot classification among the source's own names, and retrieval by name within each style.
+
+    `score(rows, names)` says how well each name fits each image, of which `encoder.images` makes a row:
+    [images, names], the higher the better.
 
     `top1`, `top5`: over all images. `recall_at_k`: text → image, the share of names that find their picture
     among the first k of all of its style, averaged over styles. `image_to_text_recall_at_k`: the other way.
-    `templates`: see `get_templates`. Images that do not decode are left out and counted (`rejected`).
+    Images that do not decode are left out and counted (`rejected`).
     """
-    embeddings, good = encoder.images(source)
+    rows, good = encoder.images(source)
     records = np.flatnonzero(good)
     pairs = [source[int(i)] for i in records]
-    image = embeddings[records]
     names = sorted({pair.text for pair in pairs})
     position = {name: i for i, name in enumerate(names)}
     labels = np.array([position[pair.text] for pair in pairs])
     styles = np.array([pair.style for pair in pairs])
-    classes = zero_shot.class_embeddings(encoder.texts, names, get_templates(templates))
+    scores_BxC = score(rows[records], names)
 
-    top = zero_shot.top_classes(image, classes, 5)
+    top = np.argsort(-scores_BxC, axis=1, kind="stable")[:, :5]
     figures: dict[str, Any] = {
         "images": len(records),
         "classes": len(names),
@@ -103,7 +116,7 @@ def evaluate_source(encoder: Encoder, source: PairSource, templates: str | Seque
     for style in sorted(set(styles)):
         mine = np.flatnonzero(styles == style)
         asked = np.unique(labels[mine])
-        similarity = classes[asked] @ image[mine].T
+        similarity = scores_BxC[np.ix_(mine, asked)].T
         relevant = asked[:, None] == labels[mine][None, :]
         to_image = retrieval.first_ranks(similarity, relevant)
         to_text = retrieval.first_ranks(similarity.T, relevant.T)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import ml_collections
 
 from clip_jax.errors import ConfigError
+from clip_jax.models.bag_of_words import BagOfWords
+from clip_jax.models.captioner import Captioner
 from clip_jax.models.resnet import ResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.two_tower import TwoTower
@@ -165,4 +167,20 @@ def build_two_tower(config: Mapping[str, Any]) -> TwoTower:
             dtype=jnp.dtype(config["dtype"]),
         ),
         **{key: config[key] for key in ("init_logit_scale", "init_logit_bias") if key in config},
+    )
+
+
+def build_bag_of_words(config: Mapping[str, Any]) -> BagOfWords:
+    """The vision tower with a head for the words that `text` has ids for."""
+    return BagOfWords(build_vision(config), config["text"]["vocab_size"], jnp.dtype(config["dtype"]))
+
+
+def build_captioner(config: Mapping[str, Any]) -> Captioner:
+    """The vision tower and, of the text tower's sizes, a decoder that looks at it."""
+    sizes = ("vocab_size", "context_length", "width", "layers", "heads", "mlp_width", "norm_epsilon", "remat")
+    return Captioner(
+        vision=build_vision(config),
+        **{key: config["text"][key] for key in sizes if key in config["text"]},
+        activation=config["activation"],
+        dtype=jnp.dtype(config["dtype"]),
     )

@@ -60,15 +60,7 @@ class ClipTask(PairTask):
             embedding = text if image is None else image
             return embedding
 
-        return Encoder(
-            function=jax.jit(encode, out_shardings=sharding.replicated(mesh)),
-            params=params,
-            state=state,
-            mesh=mesh,
-            image_size=self.config.model.vision.image_size,
-            tokenize=lambda texts: self.tokenizer(texts, self.config.model.text.context_length),
-            batch_size=self.evaluation_batch_size(mesh),
-        )
+        return self.encoder_of(encode, params, state, mesh)
 
     def metadata(self) -> dict[str, Any]:
         found = super().metadata()

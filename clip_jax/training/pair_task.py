@@ -1,7 +1,7 @@
 """What the tasks on image–text pairs share: data, the tower `vision`, micro-batches. The loss is each task's."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax import sharding
@@ -19,7 +20,9 @@ from clip_jax.data.pipeline import Draws, PairElements, Stream
 from clip_jax.data.sources import PairSource, open_source, texts_of
 from clip_jax.data.tokenizer import load_tokenizer
 from clip_jax.errors import ConfigError
-from clip_jax.evaluation.pairs import Evaluation
+from clip_jax.evaluation.label_scores import LabelScores
+from clip_jax.evaluation.pairs import Encoder, Evaluation, evaluate_scores
+from clip_jax.evaluation.prompts import get_templates
 from clip_jax.training.micro_batches import in_micro_batches
 from clip_jax.training.starting_points import check_text, check_vision
 from clip_jax.training.state import matches_any, merge, partition
@@ -166,8 +169,20 @@ class PairTask(ABC):
             results |= {f"{name}.{key}": figures[key] for key in ("top1", "top5", "recall_at_5")}
         return results
 
-    def evaluation_batch_size(self, mesh: Mesh) -> int:
-        return max(self.config.evaluation_batch_size, sharding.batch_shards(mesh))
+    def encoder_of(self, function: Callable[..., jax.Array], params: PyTree, state: PyTree, mesh: Mesh) -> Encoder:
+        """`function(params, state, batch)` → rows, in batches over the mesh."""
+        return Encoder(
+            function=jax.jit(function, out_shardings=sharding.replicated(mesh)),
+            params=params,
+            state=state,
+            mesh=mesh,
+            image_size=self.config.model.vision.image_size,
+            tokenize=self.tokenize,
+            batch_size=max(self.config.evaluation_batch_size, sharding.batch_shards(mesh)),
+        )
+
+    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
+        return self.tokenizer(texts, self.config.model.text.context_length)
 
     def metadata(self) -> dict[str, Any]:
         model = self.config.model
@@ -187,6 +202,41 @@ class PairTask(ABC):
 
     def normalize(self, image: jax.Array) -> jax.Array:
         return transforms.normalize(image, self.config.data.mean, self.config.data.std)
+
+
+class LabelTask(PairTask):
+    """A task whose model has no embedding of texts: it scores each label for each image (CLIP's figure 2)."""
+
+    values_per_token: int  # see LabelScores
+
+    @abstractmethod
+    def rows(self, variables: PyTree, images: Mapping[str, jax.Array]) -> jax.Array:
+        """What `scores` needs to know of a batch `{"image"}` of normalised images. [B, …]"""
+
+    @abstractmethod
+    def scores(self, variables: PyTree, rows: jax.Array, ids: jax.Array) -> jax.Array:
+        """How probable the labels of `ids` [C, L] are. [B, C]"""
+
+    def evaluator(self, params: PyTree, state: PyTree, mesh: Mesh) -> Callable[[PairSource], Evaluation]:
+        def rows(params: PyTree, state: PyTree, batch: Batch) -> jax.Array:
+            return self.rows({"params": params, **state}, {"image": self.normalize(batch["image"])})
+
+        def scores(params: PyTree, state: PyTree, rows: jax.Array, ids: jax.Array) -> jax.Array:
+            return self.scores({"params": params, **state}, rows, ids)
+
+        encoder = self.encoder_of(rows, params, state, mesh)
+        score = LabelScores(
+            function=jax.jit(scores, out_shardings=sharding.replicated(mesh)),
+            params=params,
+            state=state,
+            mesh=mesh,
+            tokenize=self.tokenize,
+            end_id=self.tokenizer.end_id,
+            batch_size=encoder.batch_size,
+            values_per_token=self.values_per_token,
+        )
+        templates = get_templates(self.config.data.templates)
+        return lambda source: evaluate_scores(encoder, source, lambda found, names: score(found, names, templates))
 
 
 def mixture(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:

@@ -81,6 +81,13 @@ def emoji_data(config: ml_collections.ConfigDict) -> None:
     data.mean = data.std = (0.5, 0.5, 0.5)
 
 
+def baseline(config: ml_collections.ConfigDict, task: str) -> ml_collections.ConfigDict:
+    """The same tower, data and budget with another objective: what CLIP's figure 2 compares."""
+    config.task = task
+    del config.loss, config.label_smoothing, config.init.text
+    return config
+
+
 def debug(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
     """The same config with a model and a run that take seconds on a CPU."""
     config.model = get_variant(variant)

@@ -14,6 +14,7 @@ from clip_jax.data import transforms
 from clip_jax.data.pipeline import Stream
 from clip_jax.data.sources import open_source
 from clip_jax.errors import ConfigError
+from clip_jax.losses.next_token import next_token_losses
 from clip_jax.training import checkpoint
 from clip_jax.training.starting_points import check_vision, compare
 from clip_jax.training.state import merge
@@ -22,7 +23,6 @@ from flamingo_jax.data.emoji import EmojiDocuments
 from flamingo_jax.data.tokenizer import open_tokenizer
 from flamingo_jax.models.variants import build_flamingo
 from flamingo_jax.training.language_model_task import check_vocabulary
-from flamingo_jax.training.losses import next_token_losses
 
 PyTree = Any
 REQUIRED = ("vision", "language_model")  # of config.init

@@ -18,13 +18,13 @@ from clip_jax import sharding
 from clip_jax.data.order import Order
 from clip_jax.data.pipeline import Element, Stream
 from clip_jax.errors import ConfigError
+from clip_jax.losses.next_token import next_token_losses
 from clip_jax.models.layers import Array
 from clip_jax.training.state import merge
 from flamingo_jax.data.text import TextSource, open_texts
 from flamingo_jax.data.tokenizer import TextTokenizer, open_tokenizer
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.variants import build_language_model
-from flamingo_jax.training.losses import next_token_losses
 
 PyTree = Any
 
