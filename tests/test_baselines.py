@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from conftest import ORACLES
 from jax.sharding import Mesh
 
 from clip_jax import sharding
@@ -16,6 +17,8 @@ from clip_jax.data.sources import open_source
 from clip_jax.errors import ConfigError
 from clip_jax.losses.bag_of_words import bag_of_words_losses
 from clip_jax.losses.next_token import caption_losses
+from clip_jax.models.captioner import Captioner
+from clip_jax.models.variants import build_vision, get_variant
 from clip_jax.training import checkpoint
 from clip_jax.training.loop import train
 from configs.clip import bag_of_words, captioning
@@ -152,6 +155,52 @@ def test_scores_of_labels_and_micro_batches(name: str) -> None:
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients[0]))
     for whole, parts in zip(*map(jax.tree.leaves, gradients), strict=True):
         assert float(jnp.abs(whole - parts).max()) <= 1e-5 * scale
+
+
+def test_the_decoder_is_pytorch_s() -> None:
+    weights, inputs, expected = (
+        np.load(ORACLES / "captioner" / f"{name}.npz") for name in ("weights", "inputs", "expected")
+    )
+    D, H, layers = inputs["embedding"].shape[1], 2, 2
+
+    def stacked(name: str, shape: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> np.ndarray:
+        return np.stack([shape(weights[f"layers.{i}.{name}"]) for i in range(layers)])
+
+    def norm(name: str) -> dict[str, np.ndarray]:
+        return {"scale": stacked(f"{name}.weight"), "bias": stacked(f"{name}.bias")}
+
+    def attention(name: str) -> dict[str, Any]:
+        out = {"kernel": stacked(f"{name}.out_proj.weight", lambda w: w.T.reshape(H, -1, D)),
+               "bias": stacked(f"{name}.out_proj.bias")}  # fmt: skip
+        return {"out": out} | {
+            part: {
+                "kernel": stacked(f"{name}.in_proj_weight", lambda w, j=j: w[j * D : (j + 1) * D].T.reshape(D, H, -1)),
+                "bias": stacked(f"{name}.in_proj_bias", lambda b, j=j: b[j * D : (j + 1) * D].reshape(H, -1)),
+            }
+            for j, part in enumerate(("query", "key", "value"))
+        }
+
+    def linear(name: str) -> dict[str, np.ndarray]:
+        return {"kernel": stacked(f"{name}.weight", np.transpose), "bias": stacked(f"{name}.bias")}
+
+    params = {
+        "token_embedding": inputs["embedding"],
+        "position_embedding": inputs["position"],
+        "blocks": {
+            "attention_norm": norm("norm1"), "attention": attention("self_attn"),
+            "cross_attention_norm": norm("norm2"), "cross_attention": attention("multihead_attn"),
+            "mlp_norm": norm("norm3"), "mlp": {"up": linear("linear1"), "down": linear("linear2")},
+        },
+        "ln_final": {"scale": weights["norm.weight"], "bias": weights["norm.bias"]},
+    }  # fmt: skip
+    model = Captioner(
+        vision=build_vision(get_variant("debug-ViT")), vocab_size=23, context_length=6, width=D, layers=layers, heads=H,
+        mlp_width=24, activation="gelu",
+    )  # fmt: skip
+    batch = {"image_tokens": inputs["image"], "text": inputs["text"]}
+    with jax.default_matmul_precision("highest"):
+        logits, _ = model.apply({"params": params}, batch)
+    assert np.abs(logits - expected["logits"]).max() <= 1e-5 * np.abs(expected["logits"]).max()
 
 
 def test_a_token_sees_those_before_it_and_the_picture() -> None:

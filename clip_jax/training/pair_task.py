@@ -117,6 +117,10 @@ class PairTask(ABC):
     def sources(self) -> Mapping[str, str]:
         """Where towers come from that are not initialised; what their checkpoints say is compared with the config."""
         found = {name: path for name, path in self.config.init.items() if path}
+        params, _ = jax.eval_shape(self.init, jax.random.key(0))
+        for name in locked_towers(*partition(params, matches_any(self.config.frozen))):
+            if name in self.config.init and name not in found:
+                raise ConfigError(f"init.{name} is empty, and the tower is frozen: name what it is taken from")
         if "vision" in found:
             check_vision(self.config)
         if "text" in found:
