@@ -118,8 +118,7 @@ def variables_of(task: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["bag_of_words", "captioning"])
-def test_scores_of_labels_and_micro_batches(name: str) -> None:
-    """A label's score is what the label would cost as the picture's text; parts of a batch give its gradient."""
+def test_a_label_s_score_is_what_it_would_cost(name: str) -> None:
     config = small(name)
     config.evaluation_batch_size = 8
     task: Any = build_task(config, one())
@@ -144,14 +143,16 @@ def test_scores_of_labels_and_micro_batches(name: str) -> None:
         cost = evaluate({"image": images, "text": np.tile(text[j], (8, 1))})
         np.testing.assert_allclose(scores[:, j], -cost, rtol=1e-4)
 
+
+def test_parts_of_a_batch_give_its_gradient() -> None:
     gradients = []
     for k in (1, 2):
-        task = build_task(small(name, k), one())
-        gradients.append(
-            jax.jit(jax.grad(lambda p, b, t=task: t.loss(p, {}, {}, b, jax.random.key(0))[0]))(
-                params, {"image": images, "text": text}
-            )
-        )
+        task: Any = build_task(small("captioning", k), one())
+        params = variables_of(task)
+        elements = [task.streams()["pairs"].element(i) for i in range(8)]
+        batch = {key: np.stack([e[key] for e in elements]) for key in ("image", "text")}
+        loss = jax.grad(lambda p, b, t=task: t.loss(p, {}, {}, b, jax.random.key(0))[0])
+        gradients.append(jax.jit(loss)(params, batch))
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients[0]))
     for whole, parts in zip(*map(jax.tree.leaves, gradients), strict=True):
         assert float(jnp.abs(whole - parts).max()) <= 1e-5 * scale
@@ -174,8 +175,8 @@ def test_the_decoder_is_pytorch_s() -> None:
                "bias": stacked(f"{name}.out_proj.bias")}  # fmt: skip
         return {"out": out} | {
             part: {
-                "kernel": stacked(f"{name}.in_proj_weight", lambda w, j=j: w[j * D : (j + 1) * D].T.reshape(D, H, -1)),
-                "bias": stacked(f"{name}.in_proj_bias", lambda b, j=j: b[j * D : (j + 1) * D].reshape(H, -1)),
+                "kernel": stacked(f"{name}.in_proj_weight", lambda w: w.T.reshape(D, 3, H, -1))[:, :, j],
+                "bias": stacked(f"{name}.in_proj_bias", lambda b: b.reshape(3, H, -1))[:, j],
             }
             for j, part in enumerate(("query", "key", "value"))
         }
@@ -218,12 +219,13 @@ def test_a_token_sees_those_before_it_and_the_picture() -> None:
     assert (other > 1e-3).all()
 
 
-@pytest.mark.parametrize("config_file", [bag_of_words, captioning])
-def test_a_run_is_trained_and_evaluated(config_file: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config_file", "variant"), [(bag_of_words, "debug-RN"), (captioning, "debug-ViT")])
+def test_a_run_is_trained_and_evaluated(config_file: Any, variant: str, tmp_path: Path) -> None:
     from launch import evaluate
 
     config = config_file.get_config("debug")
-    config.steps, config.data.evaluate = 2, {"unseen_concepts": "emoji:unseen_concepts"}
+    config.model = get_variant(variant)
+    config.steps, config.data.evaluate = 2, {}
     mesh = one()
     state = train(config, build_task(config, mesh), tmp_path, mesh)
     assert set(state.params) >= {"vision"} and "text" not in state.params
@@ -231,7 +233,9 @@ def test_a_run_is_trained_and_evaluated(config_file: Any, tmp_path: Path) -> Non
     metadata = checkpoint.metadata(path)
     family = metadata["model"]["family"]
     assert family == config.task
-    results, shown = evaluate.EVALUATORS[family][0](ml_collections.ConfigDict(metadata["config"]), mesh, path)
+    config = ml_collections.ConfigDict(metadata["config"])
+    config.data.evaluate = {"unseen_concepts": "emoji:unseen_concepts"}
+    results, shown = evaluate.EVALUATORS[family][0](config, mesh, path)
     figures = results["sources"]["unseen_concepts"]
     assert (figures["images"], figures["classes"], figures["chance"]["top1"]) == (400, 200, 1 / 200)
     assert 0 <= figures["top1"] <= figures["top5"] < 0.2  # two steps teach nothing
