@@ -17,6 +17,8 @@ from clip_jax.models.two_tower import TwoTower
 from clip_jax.models.variants import build_two_tower
 from clip_jax.training import checkpoint
 
+_ONE_TOWER = "a {} tower by itself; import it, and start a run from it (config.init.{0})"
+
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
@@ -71,6 +73,8 @@ def load(
     spec = str(spec)
     if published.is_published(spec):
         model = published.read(spec, image_size=image_size, preprocess=preprocess, allow=allow)
+        if len(model.towers) < 2:
+            raise ConfigError(f"{spec}: {_ONE_TOWER.format(*model.towers)}")
         where = published.find_tokenizer(model, Path(spec.partition(":")[2].partition(",")[0]), tokenizer)
         opened = published.open_tokenizer(where, model)
         return Loaded(
@@ -88,6 +92,8 @@ def load(
 def _load_checkpoint(path: Path) -> Loaded:
     metadata = checkpoint.metadata(path)
     config, model = metadata["config"], metadata["model"]
+    if len(model["towers"]) < 2:
+        raise ConfigError(f"{path}: {_ONE_TOWER.format(*model['towers'])}")
     name = config["data"]["tokenizer"]
     beside = path.parent.parent / name  # an imported model's is copied there
     tokenizer = load_tokenizer(beside if beside.is_file() else name)

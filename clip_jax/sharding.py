@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax import traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import ConfigError
@@ -111,6 +112,12 @@ def check_names(abstract: Any, rules: Rules) -> None:
         for name in spec:
             if name is not None and name not in known:
                 raise ConfigError(f"{jax.tree_util.keystr(path)}: no sharding rule for its axis {name!r}")
+
+
+def logical_axes(boxed: Any) -> dict[str, tuple[str | None, ...]]:
+    """The path "vision/…" of each boxed parameter → its logical axes; of one without a box none."""
+    flat = traverse_util.flatten_dict(boxed, sep="/")
+    return {path: tuple(x.names) if isinstance(x, nn.LogicallyPartitioned) else () for path, x in flat.items()}
 
 
 def unbox(tree: Any) -> Any:

@@ -186,8 +186,8 @@ def test_what_has_no_counterpart_is_refused(case: str, changes: dict, message: s
 def test_preprocessing_is_read_or_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing there says how images are prepared; pass preprocess=clip or siglip"):
         huggingface.read_directory(ORACLES / "hf_clip_gelu")
-    with pytest.raises(ConfigError, match="preprocess 'imagenet': expected one of clip, siglip"):
-        huggingface.read_directory(ORACLES / "hf_clip_gelu", preprocess="imagenet")
+    with pytest.raises(ConfigError, match="preprocess 'laion': expected one of clip, siglip, imagenet"):
+        huggingface.read_directory(ORACLES / "hf_clip_gelu", preprocess="laion")
     directory = copied("hf_clip_gelu", tmp_path / "model")
     written: dict[str, Any] = dict(size=35, crop_size={"height": 35, "width": 35}, do_center_crop=True, resample=2,
                    image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])  # fmt: skip

@@ -75,7 +75,7 @@ def assert_gradients_close(got: Any, exact: Any, tolerance: float = 1e-5) -> Non
             assert error <= tolerance * np.abs(e).max(), f"{name}: {error} of {np.abs(e).max()}"
 
 
-@pytest.mark.parametrize("name", ["debug-ViT", "debug-RN"])
+@pytest.mark.parametrize("name", ["debug-ViT", "debug-RN", "debug-NFNet"])
 def test_gradients_of_both_towers_are_the_float64_ones(name: str, data_mesh: Mesh) -> None:
     config = get_variant(name)
     config.vision.image_size = 64  # so that the ResNet ends in more than one place

@@ -84,7 +84,7 @@ def test_a_name_without_a_rule_is_an_error() -> None:
         sharding.tree_shardings(boxed["params"], sharding.make_mesh(), rules)
 
 
-@pytest.mark.parametrize("name", ["debug-ViT", "debug-RN"])
+@pytest.mark.parametrize("name", ["debug-ViT", "debug-RN", "debug-NFNet"])
 def test_each_activation_carries_its_own_spec(name: str) -> None:
     mesh = sharding.make_mesh({"replica": 2, "fsdp": 2, "tensor": 2})
     model, boxed, batch = setup(name)
@@ -108,6 +108,9 @@ def test_each_activation_carries_its_own_spec(name: str) -> None:
             ((BATCH, tokens, vision.heads, vision.width // vision.heads), (rows, None, "tensor", None)),
             ((BATCH, tokens, 4 * vision.width), (rows, None, "tensor")),
         }
+    elif name == "debug-NFNet":
+        expected |= {((BATCH, 8, 8, 16), (rows, None, None, None)), ((BATCH, 4, 4, 32), (rows, None, None, None)),
+                     ((BATCH, 4, 4, 64), (rows, None, None, None))}  # fmt: skip
     else:
         grid, width = config.vision.image_size // 4, config.vision.width
         expected |= {
@@ -128,7 +131,7 @@ def test_a_swapped_table_reaches_the_program() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
-@pytest.mark.parametrize("name", ["debug-ViT", "debug-RN"])
+@pytest.mark.parametrize("name", ["debug-ViT", "debug-RN", "debug-NFNet"])
 def test_every_mesh_of_8_gives_the_same_loss_and_gradients(name: str, shape: tuple[int, int, int]) -> None:
     # Large enough that the ResNet's last BatchNorm has more than the batch to go by.
     model, boxed, batch = setup(name, 64)

@@ -15,14 +15,20 @@ def add_commands(commands: Any) -> None:
         one.set_defaults(run=run)
         one.add_argument("model", help=model)
         one.add_argument("--image-size", type=int, metavar="S", help="another resolution than the weights'")
-        one.add_argument("--preprocess", choices=("clip", "siglip"), help="where no file beside the weights says it")
+        one.add_argument(
+            "--preprocess", choices=("clip", "siglip", "imagenet"), help="where no file beside the weights says it"
+        )
         one.add_argument("--tokenizer", metavar="PATH", help="where none is beside the weights, if it is not OpenAI's")
         one.add_argument(
             "--allow", action="append", default=[], metavar="REGEX", help="tensors that may be missing or unused"
         )
         return one
 
-    one = command("import", import_command, "Turns published weights into a checkpoint of this project.", published)
+    towers = f"{published}; a tower by itself: timm:FILE (NFNet) or bert:DIR"
+    one = command("import", import_command, "Turns published weights into a checkpoint of this project.", towers)
+    one.add_argument(
+        "--embed-dim", type=int, metavar="E", help="of a tower by itself (timm:FILE, bert:DIR): the joint space's width"
+    )
     one.add_argument("workdir", type=Path, help="a new directory; start from it with --config.init.vision=WORKDIR")
     any_model = f"a run's workdir, a checkpoint, or {published}"
     one = command("export", export_command, "Writes a model as others' libraries read it.", any_model)
@@ -48,10 +54,13 @@ def import_command(arguments: argparse.Namespace) -> None:
 
     if not published.is_published(arguments.model):
         raise ConfigError(f"{arguments.model}: expected one of {', '.join(f'{kind}:PATH' for kind in published.KINDS)}")
-    model = published.read(arguments.model, **_options(arguments))
-    path = Path(arguments.model.partition(":")[2].partition(",")[0])
-    where = published.find_tokenizer(model, path, arguments.tokenizer)
-    checkpoint = published.save(model, published.open_tokenizer(where, model), where, arguments.workdir)
+    model = published.read(arguments.model, embed_dim=arguments.embed_dim, **_options(arguments))
+    where, tokenizer = "", None
+    if "text" in model.towers:
+        path = Path(arguments.model.partition(":")[2].partition(",")[0])
+        where = published.find_tokenizer(model, path, arguments.tokenizer)
+        tokenizer = published.open_tokenizer(where, model)
+    checkpoint = published.save(model, tokenizer, where, arguments.workdir)
     print(f"{arguments.model}: {model.report.summary()}")
     print(f"wrote {checkpoint}")
 

@@ -25,6 +25,9 @@ PREPROCESS: dict[str, dict[str, Any]] = {
         resize_mode="shorter side, centre crop",
     ),
     "siglip": dict(mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic", resize_mode="squash"),
+    "imagenet": dict(
+        mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], interpolation="bicubic", resize_mode="squash"
+    ),
 }
 PREPROCESS_FIELDS = {"mean", "std", "interpolation", "resize_mode"}
 IGNORED = (  # constants that state dicts carry beside the weights
@@ -37,8 +40,9 @@ IGNORED = (  # constants that state dicts carry beside the weights
 
 @dataclass(frozen=True)
 class Imported:
-    """`config` has `get_variant`'s shape; `variables` are {"params": …, "batch_stats": … (ResNet)}, float32;
-    `preprocess` has the fields of `clip_jax.data.preprocess.Preprocess`; `report` says what became of each tensor.
+    """`config` has `get_variant`'s shape, for a tower by itself without the other; `variables` are {"params": …,
+    "batch_stats": … (ResNet)}, float32; `preprocess` has the fields of `clip_jax.data.preprocess.Preprocess`, none
+    for a text tower; `report` says what became of each tensor.
     """
 
     config: dict[str, Any]
@@ -48,7 +52,13 @@ class Imported:
     source: str
 
     @property
+    def towers(self) -> dict[str, dict[str, Any]]:
+        return {name: self.config[name] for name in ("vision", "text") if name in self.config}
+
+    @property
     def family(self) -> str:
+        if len(self.towers) == 1:
+            return next(iter(self.towers.values()))["kind"]
         return "siglip" if self.config["vision"].get("pool") == "map" else "clip"
 
 

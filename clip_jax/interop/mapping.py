@@ -18,19 +18,22 @@ from flax import traverse_util
 
 from clip_jax import sharding
 from clip_jax.errors import CheckpointError
-from clip_jax.models.variants import build_two_tower
+from clip_jax.models.variants import build_text, build_two_tower, build_vision
 
 Arrays = dict[str, np.ndarray]
 PyTree = Any
 
 
 class Row(NamedTuple):
-    """`part` (i, n): ours is the i-th of n equal parts of their first dimension (queries, keys and values)."""
+    """`part` (i, n): ours is the i-th of n equal parts of their first dimension (queries, keys and values).
+    `first`: the number of the first layer that `*` stands for.
+    """
 
     ours: str
     theirs: str
     axes: str = ""
     part: tuple[int, int] = (0, 1)
+    first: int = 0
 
 
 @dataclass
@@ -64,10 +67,22 @@ class Report:
 
 
 def initial_variables(config: Mapping[str, Any]) -> PyTree:
-    """The variables of a model of `get_variant`'s shape, drawn from seed 0."""
-    size, length = config["vision"]["image_size"], config["text"]["context_length"]
-    batch = {"image": jnp.zeros((1, size, size, 3)), "text": jnp.zeros((1, length), jnp.int32)}
-    return sharding.unbox(jax.jit(build_two_tower(config).init)(jax.random.key(0), batch))
+    """The variables of a model of `get_variant`'s shape, or of the one tower that a config has, drawn from seed 0."""
+    batch, towers = {}, {}
+    if "vision" in config:
+        size = config["vision"]["image_size"]
+        batch["image"], towers["vision"] = jnp.zeros((1, size, size, 3)), build_vision
+    if "text" in config:
+        batch["text"], towers["text"] = jnp.zeros((1, config["text"]["context_length"]), jnp.int32), build_text
+
+    def draw(key: jax.Array) -> PyTree:
+        if len(towers) == 2:
+            return build_two_tower(config).init(key, batch)
+        ((name, build),) = towers.items()
+        variables = build(config).init(key, *batch.values())
+        return {collection: {name: tree} for collection, tree in variables.items()}
+
+    return sharding.unbox(jax.jit(draw)(jax.random.key(0)))
 
 
 def to_ours(
@@ -203,7 +218,7 @@ def _keys(row: Row, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]
         sizes = dict(zip(row.axes.split("->")[0].split(), inner, strict=True)) | {"1": 1}
         groups = re.findall(r"\(([^)]*)\)|(\S+)", row.axes.split("->")[1])
         inner = tuple(math.prod(sizes[name] for name in (group or single).split()) for group, single in groups)
-    return [(row.theirs.replace("*", str(i)), inner) for i in range(_layers(row, shape))]
+    return [(row.theirs.replace("*", str(row.first + i)), inner) for i in range(_layers(row, shape))]
 
 
 def _axes(row: Row, shape: tuple[int, ...]) -> tuple[list[str], list[str]]:

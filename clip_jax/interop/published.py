@@ -1,4 +1,4 @@
-"""Published weights by one name, and as a checkpoint of this project's own."""
+"""Published weights by one name, and as a checkpoint of this project's own: of a whole model or of one tower."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +12,11 @@ from clip_jax.errors import ConfigError
 from clip_jax.interop.huggingface import read_directory, write_directory
 from clip_jax.interop.imported import Imported
 from clip_jax.interop.open_clip import read_open_clip, read_openai, write_open_clip
+from clip_jax.interop.towers import read_bert, read_timm
 from clip_jax.training.checkpoint import Checkpointer
 from clip_jax.training.state import TrainState
 
-KINDS = ("hf", "openai", "open_clip")
+KINDS = ("hf", "openai", "open_clip", "timm", "bert")
 WRITERS = {"hf": write_directory, "open_clip": write_open_clip}
 
 
@@ -29,16 +30,26 @@ def read(
     *,
     image_size: int | None = None,
     preprocess: str | Mapping[str, Any] | None = None,
+    embed_dim: int | None = None,
     allow: Sequence[str] = (),
 ) -> Imported:
-    """`hf:DIR`, `openai:FILE`, `open_clip:FILE,CONFIG.json` or `open_clip:DIR` (with an open_clip_config.json).
+    """`hf:DIR`, `openai:FILE`, `open_clip:FILE,CONFIG.json` or `open_clip:DIR` (with an open_clip_config.json);
+    a tower by itself: `timm:FILE` (NFNet) or `bert:DIR`.
 
-    Args: see `huggingface.read_directory`; so for what is raised.
+    Args: see `huggingface.read_directory` and, for `embed_dim`, `towers.read_timm`; so for what is raised.
     """
     kind, _, where = spec.partition(":")
     if not where:
         raise ConfigError(f"{spec}: a path after the colon expected")
     options: dict[str, Any] = dict(image_size=image_size, preprocess=preprocess, allow=allow)
+    if kind == "timm":
+        return read_timm(where, embed_dim=embed_dim, **options)
+    if kind == "bert":
+        if image_size or preprocess:
+            raise ConfigError(f"{spec}: a text tower has no image_size and no preprocess")
+        return read_bert(where, embed_dim=embed_dim, allow=allow)
+    if embed_dim:
+        raise ConfigError(f"{spec}: embed_dim is for a tower by itself, timm:FILE or bert:DIR")
     if kind == "hf":
         return read_directory(where, **options)
     if kind == "openai":
@@ -71,35 +82,42 @@ def open_tokenizer(spec: str, model: Imported) -> Tokenizer:
     return tokenizer
 
 
-def metadata(model: Imported, tokenizer: Tokenizer, tokenizer_path: str) -> dict[str, Any]:
-    """What a checkpoint of a run says about itself, as far as it goes for a model that was not trained here."""
+def metadata(model: Imported, tokenizer: Tokenizer | None, tokenizer_path: str) -> dict[str, Any]:
+    """What a checkpoint of a run says about itself, as far as it goes for a model that was not trained here.
+
+    A vision tower by itself has no tokenizer, a text tower no preprocessing; neither is then mentioned.
+    """
     config = {key: dict(value) if isinstance(value, Mapping) else value for key, value in model.config.items()}
+    about: dict[str, Any] = {
+        "family": model.family,
+        "towers": {name: config[name] for name in model.towers},
+        "embed_dim": config["embed_dim"],
+        "activation": config["activation"],
+    }
+    if tokenizer is not None:
+        about["tokenizer"] = {"file": tokenizer_path, "sha256": tokenizer.digest()}
+    if model.preprocess:
+        about["preprocess"] = model.preprocess
     return {
         "config": {"model": config, "data": {"tokenizer": tokenizer_path}},
-        "model": {
-            "family": model.family,
-            "towers": {"vision": config["vision"], "text": config["text"]},
-            "embed_dim": config["embed_dim"],
-            "activation": config["activation"],
-            "tokenizer": {"file": tokenizer_path, "sha256": tokenizer.digest()},
-            "preprocess": model.preprocess,
-        },
+        "model": about,
         "source": model.source,
         "imported": model.report.summary(),
     }
 
 
-def save(model: Imported, tokenizer: Tokenizer, tokenizer_path: str, workdir: Path) -> Path:
+def save(model: Imported, tokenizer: Tokenizer | None, tokenizer_path: str, workdir: Path) -> Path:
     """Writes an imported model as checkpoint 0 of a new workdir, the tokenizer's files beside it. Returns its path.
 
-    Every tower of it can then be started from (`config.init.vision=WORKDIR`).
+    Every tower of it can then be started from (`config.init.vision=WORKDIR`). A vision tower by itself has no
+    tokenizer.
 
     Raises ConfigError where there is something already.
     """
     if workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"{workdir}: not empty; name a new directory")
     workdir.mkdir(parents=True, exist_ok=True)
-    if tokenizer_path != "openai":
+    if tokenizer is not None and tokenizer_path != "openai":
         tokenizer_path = _copy_tokenizer(Path(tokenizer_path), workdir)
     params = jax.tree.map(jnp.asarray, model.variables["params"])
     state = {key: jax.tree.map(jnp.asarray, value) for key, value in model.variables.items() if key != "params"}

@@ -1,4 +1,4 @@
-"""The transformer block that the ViT and the text tower share, as OpenAI's CLIP has it (pre-LN).
+"""The transformer block that the ViT and the text towers share, as OpenAI's CLIP has it (pre-LN) or BERT (post-LN).
 
 Dimensions, here and in every model file: B batch, L sequence length, N image tokens, D width,
 H heads, K head size, M feed-forward width, E joint embedding, C channels, V vocabulary.
@@ -110,7 +110,8 @@ def merge_heads(heads: int, head_size: int, out: int, axis: str, std: float, dty
 class Attention(nn.Module):
     """Multi-head self-attention with biases.
 
-    `out_std` is the initial standard deviation of the output projection.
+    `out_std` is the initial standard deviation of the output projection. A mask (see `attention`) may be given
+    where attention isn't causal.
     """
 
     heads: int
@@ -119,14 +120,14 @@ class Attention(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BxLxD: Array) -> Array:
+    def __call__(self, x_BxLxD: Array, mask: Array | None = None) -> Array:
         length, width = x_BxLxD.shape[-2:]
 
         def project(name: str) -> Array:
             y = split_heads(width, self.heads, name, self.dtype)(x_BxLxD)
             return nn.with_logical_constraint(y, ("batch", "length", "heads", "head_size"))
 
-        mask = jnp.tril(jnp.ones((length, length), bool)) if self.causal else None
+        mask = jnp.tril(jnp.ones((length, length), bool)) if self.causal else mask
         y_BxLxHxK = attention(project("query"), project("key"), project("value"), mask)
         return merge_heads(self.heads, width // self.heads, width, "embed", self.out_std, self.dtype)(y_BxLxHxK)
 
@@ -160,7 +161,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(LN(x)), then x + feed-forward(LN(x))."""
+    """x + attention(LN(x)), then x + feed-forward(LN(x)); where `post_norm`, LN(x + attention(x)) and so on."""
 
     heads: int
     mlp_width: int
@@ -168,16 +169,18 @@ class Block(nn.Module):
     out_std: float
     causal: bool = False
     norm_epsilon: float = 1e-5
+    post_norm: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BxLxD: Array, _: None = None) -> tuple[Array, None]:
-        y = layer_norm("attention_norm", self.dtype, self.norm_epsilon)(x_BxLxD)
-        y = Attention(self.heads, self.out_std, self.causal, self.dtype, name="attention")(y)
-        x_BxLxD = nn.with_logical_constraint(x_BxLxD + y, RESIDUAL)
-        y = layer_norm("mlp_norm", self.dtype, self.norm_epsilon)(x_BxLxD)
-        y = FeedForward(self.mlp_width, self.activation, self.out_std, self.dtype, name="mlp")(y)
-        return nn.with_logical_constraint(x_BxLxD + y, RESIDUAL), None
+    def __call__(self, x_BxLxD: Array, mask: Array | None = None) -> tuple[Array, None]:
+        attention = Attention(self.heads, self.out_std, self.causal, self.dtype, name="attention")
+        mlp = FeedForward(self.mlp_width, self.activation, self.out_std, self.dtype, name="mlp")
+        for branch, name in ((lambda x: attention(x, mask), "attention_norm"), (mlp, "mlp_norm")):
+            norm = layer_norm(name, self.dtype, self.norm_epsilon)
+            x_BxLxD = norm(x_BxLxD + branch(x_BxLxD)) if self.post_norm else x_BxLxD + branch(norm(x_BxLxD))
+            x_BxLxD = nn.with_logical_constraint(x_BxLxD, RESIDUAL)
+        return x_BxLxD, None
 
 
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -198,11 +201,12 @@ class Transformer(nn.Module):
     activation: str = "quick_gelu"
     causal: bool = False
     norm_epsilon: float = 1e-5
+    post_norm: bool = False
     remat: str = "none"
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BxLxD: Array) -> Array:
+    def __call__(self, x_BxLxD: Array, mask: Array | None = None) -> Array:
         block: Any = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
@@ -211,10 +215,11 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
+            in_axes=nn.broadcast,
             length=self.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(
-            self.heads, self.mlp_width, self.activation, out_std, self.causal, self.norm_epsilon, self.dtype,
-            name="blocks",
+            self.heads, self.mlp_width, self.activation, out_std, self.causal, self.norm_epsilon, self.post_norm,
+            self.dtype, name="blocks",
         )  # fmt: skip
-        return blocks(nn.with_logical_constraint(x_BxLxD, RESIDUAL), None)[0]
+        return blocks(nn.with_logical_constraint(x_BxLxD, RESIDUAL), mask)[0]

@@ -16,12 +16,29 @@ from clip_jax.models.layers import Array, attention, merge_heads, normal, ones, 
 FEATURES = ("batch", None, None, None)
 
 
-class Conv(nn.Module):
-    """A convolution without bias, its padding symmetric as in the peer ("SAME" is not, under a stride).
+def convolve(x_BxhxwxC: Array, kernel: Array, stride: int, padding: Any, groups: int = 1) -> Array:
+    """A convolution with a kernel [height, width, C / groups, features]; `padding` as lax has it.
 
     A 1×1 convolution is spelled as the matrix product that it is: XLA's CPU backend takes 4 times as long
     for the gradients of the convolution.
     """
+    # Stored in parts, used whole: given both a split batch and split channels, XLA's partitioner returns
+    # wrong gradients of convolutions on a (2, 2, 2) mesh, under a right loss (jax 0.10.2).
+    kernel = nn.with_logical_constraint(kernel, (None, None, None, None))
+    if kernel.shape[:2] == (1, 1) and stride == 1 and groups == 1:
+        return jnp.einsum("BhwC,CF->BhwF", x_BxhxwxC, kernel[0, 0])
+    return lax.conv_general_dilated(
+        x_BxhxwxC,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+class Conv(nn.Module):
+    """A convolution without bias, its padding symmetric as in the peer ("SAME" is not, under a stride)."""
 
     features: int
     kernel_size: int
@@ -34,18 +51,7 @@ class Conv(nn.Module):
         init = nn.with_logical_partitioning(init, (None, None, "conv_in", "channels"))
         size = self.kernel_size
         kernel = self.param("kernel", init, (size, size, x_BxhxwxC.shape[-1], self.features)).astype(self.dtype)
-        # Stored in parts, used whole: given both a split batch and split channels, XLA's partitioner returns
-        # wrong gradients of convolutions on a (2, 2, 2) mesh, under a right loss (jax 0.10.2).
-        kernel = nn.with_logical_constraint(kernel, (None, None, None, None))
-        if size == 1 and self.stride == 1:
-            return jnp.einsum("BhwC,CF->BhwF", x_BxhxwxC, kernel[0, 0])
-        return lax.conv_general_dilated(
-            x_BxhxwxC,
-            kernel,
-            (self.stride, self.stride),
-            [(size // 2, size // 2)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        return convolve(x_BxhxwxC, kernel, self.stride, [(size // 2, size // 2)] * 2)
 
 
 def batch_norm(train: bool, name: str, dtype: Any, zero_scale: bool = False) -> nn.BatchNorm:

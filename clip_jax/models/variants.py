@@ -1,8 +1,9 @@
 """The table of named sizes, and the one place where a config becomes modules.
 
 OpenAI's nine are those of arXiv 2103.00020, table 19 and 20; names without a slash are open_clip's
-(model_configs/*.json), with GELU; SigLIP's are those of arXiv 2303.15343 and google/siglip-*;
-`emoji-*` are the same code, shrunk.
+(model_configs/*.json), with GELU; SigLIP's are those of arXiv 2303.15343 and google/siglip-*; `nfnet_*_bert` are
+Flamingo's own contrastive pair (arXiv 2204.14198, appendix B), with every NFNet of arXiv 2102.06171, table 1, and
+BERT-base; `emoji-*` are the same code, shrunk.
 """
 
 import math
@@ -15,7 +16,9 @@ import ml_collections
 
 from clip_jax.errors import ConfigError
 from clip_jax.models.bag_of_words import BagOfWords
+from clip_jax.models.bert import Bert
 from clip_jax.models.captioner import Captioner
+from clip_jax.models.nfnet import NFNet
 from clip_jax.models.resnet import ResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.two_tower import TwoTower
@@ -95,6 +98,18 @@ for _name, (_size, _patch, _context, _tower) in _SIGLIP.items():
         init_logit_bias=-10.0,
     )  # fmt: skip
 
+_NFNET = dict(kind="nfnet", image_size=288, channels=(256, 512, 1536, 1536), stem_width=128, group_size=128)
+_BERT_BASE = dict(
+    kind="bert", vocab_size=30522, context_length=64, positions=512, width=768, layers=12, heads=12, pad_id=0
+)
+for _i in range(7):
+    VARIANTS[f"nfnet_f{_i}_bert"] = dict(
+        vision=dict(layers=tuple(n * (_i + 1) for n in (1, 2, 6, 3)), **_NFNET),
+        text=_BERT_BASE,
+        embed_dim=1376,
+        activation="gelu",
+    )
+
 _EMOJI_TEXT = dict(vocab_size=4096, context_length=12, width=128, layers=2, heads=4, end_id=4095)
 VARIANTS["emoji-RN"] = dict(
     # Three stages: a fourth would leave a single place to pool from.
@@ -123,8 +138,15 @@ VARIANTS["debug-ViT"] = dict(
     embed_dim=32,
     activation="quick_gelu",
 )
+VARIANTS["debug-NFNet"] = dict(
+    vision=dict(kind="nfnet", image_size=32, layers=(1, 3), channels=(16, 32), stem_width=16, group_size=8),
+    text=dict(kind="bert", vocab_size=4096, context_length=16, positions=20, width=32, layers=2, heads=4, pad_id=0),
+    embed_dim=32,
+    activation="gelu",
+)
 
-_TOWERS = {"vit": VisionTransformer, "resnet": ResNet}
+_TOWERS = {"vit": VisionTransformer, "resnet": ResNet, "nfnet": NFNet}
+_TEXT_TOWERS = {"gpt": TextTransformer, "bert": Bert}
 
 
 def get_variant(name: str) -> ml_collections.ConfigDict:
@@ -135,6 +157,9 @@ def get_variant(name: str) -> ml_collections.ConfigDict:
     if config.vision.kind == "vit":
         config.vision.remat = "none"
         config.vision.patch_dropout = 0.0
+    elif config.vision.kind == "nfnet":
+        config.vision.remat = "none"
+        config.vision.drop_path = 0.0
     config.text.remat = "none"
     config.dtype = "float32"  # compute dtype; parameters are always float32
     return config
@@ -151,21 +176,34 @@ def build_vision(config: Mapping[str, Any]) -> nn.Module:
         raise ConfigError(f"model.vision.kind {kind!r}: expected one of {', '.join(_TOWERS)}")
     if kind == "vit":
         vision["activation"] = config["activation"]
-    else:
-        vision["layers"] = tuple(vision["layers"])
+    for key in ("layers", "channels"):
+        if isinstance(vision.get(key), list):
+            vision[key] = tuple(vision[key])
     return _TOWERS[kind](**vision, embed_dim=config["embed_dim"], dtype=jnp.dtype(config["dtype"]))
 
 
+def build_text(config: Mapping[str, Any]) -> nn.Module:
+    """The text tower of a config with `text` (by default of kind gpt), `embed_dim`, `activation` and `dtype`.
+
+    Raises ConfigError for an unknown kind of tower.
+    """
+    text = dict(config["text"])
+    kind = text.pop("kind", "gpt")
+    if kind not in _TEXT_TOWERS:
+        raise ConfigError(f"model.text.kind {kind!r}: expected one of {', '.join(_TEXT_TOWERS)}")
+    return _TEXT_TOWERS[kind](
+        **text,
+        embed_dim=config["embed_dim"],
+        activation=config["activation"],
+        dtype=jnp.dtype(config["dtype"]),
+    )
+
+
 def build_two_tower(config: Mapping[str, Any]) -> TwoTower:
-    """Modules from a config of `get_variant`'s shape. Raises ConfigError as `build_vision` does."""
+    """Modules from a config of `get_variant`'s shape. Raises ConfigError as `build_vision` and `build_text` do."""
     return TwoTower(
         vision=build_vision(config),
-        text=TextTransformer(
-            **dict(config["text"]),
-            embed_dim=config["embed_dim"],
-            activation=config["activation"],
-            dtype=jnp.dtype(config["dtype"]),
-        ),
+        text=build_text(config),
         **{key: config[key] for key in ("init_logit_scale", "init_logit_bias") if key in config},
     )
 

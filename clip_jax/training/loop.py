@@ -47,8 +47,9 @@ def train(config: ml_collections.ConfigDict, task: Task, workdir: Path, mesh: Me
         sharding.check_batch(stream.batch_size, mesh)
     claim_workdir(workdir, config)
     rules = sharding.rules_of(config.sharding_rules)
-    optimizer = make_optimizer(config.optimizer, config.steps)
     with sharding.use_mesh(mesh, rules):
+        axes = sharding.logical_axes(jax.eval_shape(task.init, jax.random.key(0))[0])
+        optimizer = make_optimizer(config.optimizer, config.steps, axes)
         create = train_state.create_fn(task, optimizer, config.frozen)
         abstract, shardings = train_state.abstract_state(create, mesh, rules)
         checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", config.keep_checkpoints)

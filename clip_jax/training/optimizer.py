@@ -1,8 +1,8 @@
-"""AdamW as CLIP uses it: linear warm-up, cosine decay, decay masks, clipping, a bounded temperature."""
+"""AdamW as CLIP uses it: linear warm-up, decay of the rate, decay masks, clipping, a bounded temperature."""
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ PyTree = Any
 
 # Weight decay skips gains, biases, gates and the temperature. Told by name: with heads split and layers stacked,
 # a bias is not a vector any more.
-NO_DECAY = r"(^|/)(bias|scale|class_embedding|logit_scale|logit_bias|attention_gate|mlp_gate)$"
+NO_DECAY = r"(^|/)(bias|scale|gain|skip_gain|class_embedding|logit_scale|logit_bias|attention_gate|mlp_gate)$"
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -36,15 +36,20 @@ def decay_mask(params: PyTree, no_decay: str = "") -> PyTree:
 
 
 def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
-    """Linear from 0 to `lr` in `warmup_steps`, then a cosine to 0 at the last step, or constant.
+    """Linear from 0 to `lr` in `warmup_steps`, then a cosine or a line to 0 at the last step, or constant.
 
     Raises ConfigError for another `decay`.
     """
     if config.decay == "constant":
         return optax.warmup_constant_schedule(0.0, config.lr, config.warmup_steps)
+    end = max(steps, config.warmup_steps + 1)
+    if config.decay == "linear":
+        up = optax.linear_schedule(0.0, config.lr, config.warmup_steps)
+        down = optax.linear_schedule(config.lr, 0.0, end - config.warmup_steps)
+        return optax.join_schedules([up, down], [config.warmup_steps])
     if config.decay != "cosine":
-        raise ConfigError(f"optimizer.decay {config.decay!r}: expected cosine or constant")
-    return optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup_steps, max(steps, config.warmup_steps + 1))
+        raise ConfigError(f"optimizer.decay {config.decay!r}: expected cosine, linear or constant")
+    return optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup_steps, end)
 
 
 def clamp_logit_scale(maximum: float) -> optax.GradientTransformation:
@@ -73,10 +78,69 @@ def scale_by_pattern(factors: Sequence[tuple[str, float]]) -> optax.GradientTran
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """The chain: clip by the global norm, Adam, decoupled decay, learning rate (by pattern), bounded temperature."""
+Axes = Mapping[str, tuple[str | None, ...]]  # a parameter's path → its logical axes
+
+
+def unit_axes(path: str, axes: tuple[str | None, ...]) -> tuple[int, ...]:
+    """The dimensions over which a parameter's norm is taken, for each of its units.
+
+    A unit is what one output is computed with: a column of a matrix, a filter, of a stacked parameter each layer's
+    own. A kernel that splits heads has two dimensions of outputs. A bias, a gain or a scalar is one unit.
+    """
+    start = 1 if axes[:1] == ("layers",) else 0
+    if path.split("/")[-1] == "bias" or len(axes) - start < 2:
+        return tuple(range(start, len(axes)))
+    return tuple(range(start, len(axes) - (2 if axes[-1] == "head_size" else 1)))
+
+
+def adaptive_clip(config: ml_collections.ConfigDict, axes: Axes) -> optax.GradientTransformation:
+    """Shrinks each unit's gradient to a norm of at most `clipping`·max(‖unit‖, `eps`), where `pattern` names its path.
+
+    (arXiv 2102.06171 §4.) `config`: `pattern`, for the start of a path, `clipping` and `eps`.
+    """
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None) -> tuple[PyTree, optax.EmptyState]:
+        def clip(path: tuple[Any, ...], g: jax.Array, p: jax.Array) -> jax.Array:
+            name = path_string(path)
+            if not re.match(config.pattern, name):
+                return g
+            over = unit_axes(name, axes[name])
+            gradient, unit = (jnp.sqrt(jnp.square(x).sum(axis=over, keepdims=True)) for x in (g, p))
+            largest = config.clipping * jnp.maximum(unit, config.eps)
+            return g * jnp.minimum(1.0, largest / jnp.maximum(gradient, 1e-30)).astype(g.dtype)
+
+        return jax.tree_util.tree_map_with_path(clip, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def clipping(config: ml_collections.ConfigDict, axes: Axes) -> list[optax.GradientTransformation]:
+    """What `agc.pattern` names is clipped adaptively; all the rest by its global norm.
+
+    Raises ConfigError where the pattern names no parameter.
+    """
+    by_norm = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    pattern = config.agc.pattern
+    if not pattern:
+        return [by_norm]
+    if not any(re.match(pattern, name) for name in axes):
+        raise ConfigError(f"optimizer.agc.pattern {pattern!r} names no parameter; the first is {min(axes, default='')}")
+
+    def rest(tree: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(lambda path, _: not re.match(pattern, path_string(path)), tree)
+
+    return [adaptive_clip(config.agc, axes), optax.masked(by_norm, rest)]
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, steps: int, axes: Axes | None = None
+) -> optax.GradientTransformation:
+    """The chain: clip, Adam, decoupled decay, learning rate (by pattern), bounded temperature.
+
+    `axes`: see `sharding.logical_axes`; adaptive clipping, which needs them, finds a parameter's units by them.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        *clipping(config, axes or {}),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=partial(decay_mask, no_decay=config.no_decay)),
         optax.scale_by_learning_rate(learning_rate(config, steps)),

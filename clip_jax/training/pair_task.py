@@ -48,6 +48,11 @@ class PairTask(ABC):
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         text = config.model.text
         end_id = text.get("end_id", self.tokenizer.end_id)  # a tower that pools at the last place has none
+        pad_id = text.get("pad_id", self.tokenizer.pad_id)
+        if pad_id != self.tokenizer.pad_id:
+            raise ConfigError(
+                f"{config.data.tokenizer} pads with id {self.tokenizer.pad_id}; model.text expects {pad_id}"
+            )
         if (self.tokenizer.vocab_size, self.tokenizer.end_id) != (text.vocab_size, end_id):
             raise ConfigError(
                 f"{config.data.tokenizer} has {self.tokenizer.vocab_size} ids and end id {self.tokenizer.end_id}; "
@@ -86,7 +91,7 @@ class PairTask(ABC):
         except flax.errors.InvalidRngError:
             raise ConfigError(
                 f"{what} with dropout: every micro-batch would draw the same; expected micro_batches 1 or none "
-                "(model.vision.patch_dropout 0)"
+                "(model.vision.patch_dropout 0, drop_path 0)"
             ) from None
         except flax.errors.ModifyScopeVariableError:
             raise ConfigError(

@@ -11,10 +11,12 @@ import ml_collections
 
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import ConfigError
-from clip_jax.models.variants import build_two_tower, build_vision
+from clip_jax.models.variants import build_text, build_vision
 from clip_jax.training import checkpoint
 
-COSTS = ("dtype", "remat", "patch_dropout")  # fields of a tower that may differ: they are no part of what it computes
+# Fields of a tower that may differ: they are no part of what it computes, or, by kind, no weight depends on them.
+COSTS = ("dtype", "remat", "patch_dropout", "drop_path")
+FREE = {"nfnet": ("image_size",), "bert": ("context_length",)}
 
 
 def compare(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
@@ -38,7 +40,7 @@ def check_vision(config: ml_collections.ConfigDict) -> None:
     compare("init.vision", {key: theirs[key] for key in ours}, ours)
     compare("init.vision", {"kind": theirs["towers"]["vision"]["kind"]}, {"kind": model.vision.kind})
     found, expected = (_fields(build_vision(tower)) for tower in (_described(theirs, "vision"), model))
-    compare("init.vision", found, expected, COSTS)
+    compare("init.vision", found, expected, COSTS + FREE.get(model.vision.kind, ()))
     preprocess = {"mean": list(data.mean), "std": list(data.std)}
     compare("init.vision", {key: theirs["preprocess"][key] for key in preprocess}, preprocess)
 
@@ -49,9 +51,11 @@ def check_text(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> None:
     theirs = _their_model("text", config.init.text)
     ours = {"embed_dim": model.embed_dim, "activation": model.activation}
     compare("init.text", {key: theirs[key] for key in ours}, ours)
-    found, expected = (_fields(build_two_tower(m).text) for m in (_described(theirs, "vision", "text"), model))
+    kind = model.text.get("kind", "gpt")
+    compare("init.text", {"kind": theirs["towers"]["text"].get("kind", "gpt")}, {"kind": kind})
+    found, expected = (_fields(build_text(tower)) for tower in (_described(theirs, "text"), model))
     either = ("end_id",) if None in (found.get("end_id"), expected.get("end_id")) else ()  # None: the highest id
-    compare("init.text", found, expected, COSTS + either)
+    compare("init.text", found, expected, COSTS + FREE.get(kind, ()) + either)
     compare("init.text", {"tokenizer.sha256": theirs["tokenizer"]["sha256"]}, {"tokenizer.sha256": tokenizer.digest()})
 
 
@@ -64,9 +68,10 @@ def _their_model(tower: str, path: str) -> Mapping[str, Any]:
     return found
 
 
-def _described(model: Mapping[str, Any], *towers: str) -> dict[str, Any]:
-    """A checkpoint's towers as a config of `get_variant`'s shape."""
-    return {name: model["towers"][name] for name in towers} | {
+def _described(model: Mapping[str, Any], tower: str) -> dict[str, Any]:
+    """A checkpoint's tower as a config of `get_variant`'s shape."""
+    return {
+        tower: model["towers"][tower],
         "embed_dim": model["embed_dim"],
         "activation": model["activation"],
         "dtype": "float32",

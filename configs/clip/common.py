@@ -48,7 +48,7 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.lr = 5e-4
     optimizer.warmup_steps = 2000
-    optimizer.decay = "cosine"
+    optimizer.decay = "cosine"  # or "linear", "constant"
     optimizer.lr_factors = ()  # ((pattern for the start of paths, factor of their learning rate), …)
     optimizer.no_decay = ""  # a pattern for the start of paths without weight decay, beside gains and biases
     vit = config.model.vision.kind == "vit"
@@ -56,7 +56,8 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     optimizer.b2 = 0.98 if vit else 0.999
     optimizer.eps = 1e-6 if vit else 1e-8
     optimizer.weight_decay = 0.2
-    optimizer.clip_norm = 1.0  # 0: none
+    optimizer.clip_norm = 1.0  # of the global norm; 0: none
+    optimizer.agc = adaptive_clipping()
     optimizer.max_logit_scale = 100.0
     return config
 
@@ -64,6 +65,11 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
 def data_set(source: str, batch_size: int, weight: float) -> ml_collections.ConfigDict:
     """One of several data sets: where it is, how many pairs a step draws of it, the weight of their loss."""
     return ml_collections.ConfigDict({"source": source, "batch_size": batch_size, "weight": weight})
+
+
+def adaptive_clipping(pattern: str = "") -> ml_collections.ConfigDict:
+    """Of the parameters whose path begins as `pattern` says, instead of `clip_norm`; "" is none."""
+    return ml_collections.ConfigDict({"pattern": pattern, "clipping": 0.01, "eps": 1e-3})
 
 
 def emoji_data(config: ml_collections.ConfigDict) -> None:

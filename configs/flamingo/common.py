@@ -2,6 +2,7 @@
 
 import ml_collections
 
+from configs.clip.common import adaptive_clipping
 from flamingo_jax.models.variants import get_language_model, get_variant
 
 
@@ -21,7 +22,7 @@ def run_config(task: str) -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict({"threads": 2, "prefetch": 2, "max_rejected_share": 0.01})
     config.optimizer = ml_collections.ConfigDict(
         {"lr": 1e-4, "warmup_steps": 5000, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
-         "max_logit_scale": 100.0, "decay": "constant", "no_decay": "", "lr_factors": ()}
+         "max_logit_scale": 100.0, "decay": "constant", "no_decay": "", "lr_factors": (), "agc": adaptive_clipping()}
     )  # fmt: skip
     return config
 

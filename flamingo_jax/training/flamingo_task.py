@@ -16,7 +16,7 @@ from clip_jax.data.sources import open_source
 from clip_jax.errors import ConfigError
 from clip_jax.losses.next_token import next_token_losses
 from clip_jax.training import checkpoint
-from clip_jax.training.starting_points import check_vision, compare
+from clip_jax.training.starting_points import COSTS, check_vision, compare
 from clip_jax.training.state import merge
 from flamingo_jax.data.documents import Shape
 from flamingo_jax.data.emoji import EmojiDocuments
@@ -108,7 +108,7 @@ class FlamingoTask:
         compare("init.language_model", {"tokenizer.sha256": lm["tokenizer"]["sha256"]}, digests)
         if flamingo:
             compare("init.resampler", flamingo["resampler"], model.resampler.to_dict())
-            compare("init.resampler", flamingo["vision"], model.vision.to_dict(), ("remat", "patch_dropout"))
+            compare("init.resampler", flamingo["vision"], model.vision.to_dict(), COSTS)
         return init
 
     def loss(
