@@ -17,7 +17,7 @@ from clip_jax.models.two_tower import TwoTower
 from clip_jax.models.variants import build_two_tower
 from clip_jax.training import checkpoint
 
-_ONE_TOWER = "a {} tower by itself; import it, and start a run from it (config.init.{0})"
+_ONE_TOWER = "a {0} tower by itself; import it, and start a run from it (config.init.{0})"
 
 
 @dataclass(frozen=True, eq=False)

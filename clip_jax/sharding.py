@@ -7,7 +7,7 @@ one to the other.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +83,19 @@ def use_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the mesh divides a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def on_own_examples(function: Callable[..., jax.Array], x: jax.Array, whole: jax.Array) -> jax.Array:
+    """`function(x, whole)`, where each device computes its own examples (rows of `x`) from all of `whole`.
+
+    XLA's partitioner is not asked. A plain call outside `use_mesh`, and where the mesh does not divide the batch.
+    """
+    mesh, spec = jax.sharding.get_abstract_mesh(), nn.logical_to_mesh_axes(("batch",))
+    axes = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
+    if parts == 1 or x.shape[0] % parts:
+        return function(x, whole)
+    return jax.shard_map(function, in_specs=(spec, PartitionSpec()), out_specs=spec)(x, whole)
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:

@@ -72,7 +72,8 @@ def assert_gradients_close(got: Any, exact: Any, tolerance: float = 1e-5) -> Non
         if name.endswith("['key']['bias']"):  # shifts all logits of a query alike: it has no gradient
             assert np.abs(e).max() < 1e-6 * largest and error < 1e-6 * largest, name
         else:
-            assert error <= tolerance * np.abs(e).max(), f"{name}: {error} of {np.abs(e).max()}"
+            cancels = 10 if name.endswith("['skip_gain']") else 1  # one number, the sum over whole feature maps
+            assert error <= cancels * tolerance * np.abs(e).max(), f"{name}: {error} of {np.abs(e).max()}"
 
 
 @pytest.mark.parametrize("name", ["debug-ViT", "debug-RN", "debug-NFNet"])

@@ -53,7 +53,7 @@ def test_at_the_start_a_block_is_its_shortcut() -> None:
     config = get_variant("debug-NFNet")
     model = build_vision(config)
     image = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    variables = sharding.unbox(model.init(jax.random.key(0), image))
+    variables = sharding.unbox(jax.jit(model.init)(jax.random.key(0), image))
     moved = jax.tree_util.tree_map_with_path(
         lambda path, x: x + 1 if "conv2" in str(path) and "stem" not in str(path) else x, variables
     )
@@ -70,9 +70,10 @@ def test_stochastic_depth() -> None:
     for stage in ("stage1_first", "stage1_rest"):
         gain = variables["params"][stage]["skip_gain"]
         variables["params"][stage]["skip_gain"] = jnp.full_like(gain, 0.7)
-    whole = plain.apply(variables, image[:1])[1][0]
-    np.testing.assert_array_equal(dropping.apply(variables, image[:1])[1][0], whole)
-    tokens = dropping.apply(variables, image, train=True, rngs={"dropout": jax.random.key(1)})[1]
+    whole, evaluated = (jax.jit(model.apply)(variables, image)[1] for model in (plain, dropping))
+    np.testing.assert_array_equal(evaluated, whole)
+    train = jax.jit(lambda v: dropping.apply(v, image, train=True, rngs={"dropout": jax.random.key(1)})[1])
+    tokens = train(variables)
     outcomes, counts = np.unique(np.asarray(tokens).round(4).reshape(512, -1), axis=0, return_counts=True)
     assert len(outcomes) == 2  # the first block is never dropped, the last at drop_path
     assert abs(counts.min() / 512 - 0.25) < 5 * (0.25 * 0.75 / 512) ** 0.5

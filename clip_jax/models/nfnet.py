@@ -60,17 +60,16 @@ class SqueezeExcite(nn.Module):
     def __call__(self, x_BxhxwxC: Array) -> Array:
         C = x_BxhxwxC.shape[-1]
 
-        def dense(features: int, name: str, inputs: int) -> nn.Dense:
-            return nn.Dense(
-                features,
-                dtype=self.dtype,
-                kernel_init=normal(inputs**-0.5, "conv_in", "channels"),
-                bias_init=zeros("channels"),
-                name=name,
+        def linear(x: Array, features: int, name: str) -> Array:
+            fields = dict(kernel_init=normal(x.shape[-1] ** -0.5, "conv_in", "channels"), bias_init=zeros("channels"))
+            # Each example's channels stay together: split, XLA's partitioner returns wrong gradients (see `convolve`).
+            x = nn.with_logical_constraint(x, ("batch", None))
+            return nn.with_logical_constraint(
+                nn.Dense(features, dtype=self.dtype, name=name, **fields)(x), ("batch", None)
             )
 
-        h_BxM = nn.relu(dense(half(C), "squeeze", C)(x_BxhxwxC.mean(axis=(1, 2))))
-        gate_BxC = nn.sigmoid(dense(C, "excite", half(C))(h_BxM))
+        h_BxM = nn.relu(linear(x_BxhxwxC.mean(axis=(1, 2)), half(C), "squeeze"))
+        gate_BxC = nn.sigmoid(linear(h_BxM, C, "excite"))
         return 2 * x_BxhxwxC * gate_BxC[:, None, None]
 
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from clip_jax.errors import ConfigError
 from clip_jax.models.layers import Array, attention, merge_heads, normal, ones, split_heads, zeros
+from clip_jax.sharding import on_own_examples
 
 # Logical axes of a feature map [B, h, w, C]; for its channels see `Conv`.
 FEATURES = ("batch", None, None, None)
@@ -23,18 +24,23 @@ def convolve(x_BxhxwxC: Array, kernel: Array, stride: int, padding: Any, groups:
     for the gradients of the convolution.
     """
     # Stored in parts, used whole: given both a split batch and split channels, XLA's partitioner returns
-    # wrong gradients of convolutions on a (2, 2, 2) mesh, under a right loss (jax 0.10.2).
+    # wrong gradients of convolutions on a (2, 2, 2) mesh, under a right loss (jax 0.10.2); of a grouped one it
+    # returns as many times a kernel's gradient as the tensor axis is long. So it sees none.
     kernel = nn.with_logical_constraint(kernel, (None, None, None, None))
     if kernel.shape[:2] == (1, 1) and stride == 1 and groups == 1:
         return jnp.einsum("BhwC,CF->BhwF", x_BxhxwxC, kernel[0, 0])
-    return lax.conv_general_dilated(
-        x_BxhxwxC,
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
+
+    def convolution(x: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    return on_own_examples(convolution, x_BxhxwxC, kernel)
 
 
 class Conv(nn.Module):
