@@ -52,6 +52,17 @@ CHIPS = {
 # Accelerator types count TensorCores on v4, v5p and tpu7x (two on a chip), chips on v5e and v6e.
 TYPES = {"v4": ("v4", 2), "v5p": ("v5p", 2), "tpu7x": ("tpu7x", 2), "v5litepod": ("v5e", 1), "v5e": ("v5e", 1),
          "v6e": ("v6e", 1)}  # fmt: skip
+# libtpu is asked for its compiler only: not for a TPU's metadata, nor for the lock of the chips; without a host's name
+# and type it would complain that there are none.
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 EXAMPLES = "v5p:4x4x8, v5e:16x16, v4:2x2x2, v6e:8x8, tpu7x:4x4x4, v5litepod-256 or v5p-128"
 
 
@@ -77,8 +88,7 @@ class Topology:
         """Devices to compile for; none of them exists. Raises ConfigError where libtpu is missing or refuses."""
         if importlib.util.find_spec("libtpu") is None:
             raise ConfigError("libtpu, the compiler for TPUs, is missing: pip install '.[tpu]' (no TPU is needed)")
-        # libtpu is asked for its compiler only: not for a TPU's metadata, nor for the lock of the chips.
-        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled"}
+        os.environ.update({name: os.environ.get(name, value) for name, value in LIBTPU.items()})
         from jax.experimental import topologies
 
         shape = (*self.shape, 1)[:3]

@@ -21,6 +21,7 @@ from launch.planning.counting import Collective, collectives, operations
 from launch.planning.hardware import GiB, Topology
 from launch.planning.hlo import Program
 from launch.planning.model_flops import gradient_flops
+from launch.planning.stand_in import without_data
 
 PyTree = Any
 BuildTask = Callable[[ml_collections.ConfigDict, Mesh], Task]
@@ -124,7 +125,11 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology, build_ta
 
     Raises ConfigError for a config, mesh or topology that can't be.
     """
-    config = with_stand_in_data(config)
+    with without_data(config) as config:
+        return _compile(config, topology, build_task)
+
+
+def _compile(config: ml_collections.ConfigDict, topology: Topology, build_task: BuildTask) -> Plan:
     devices = topology.devices
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     task, rules = build_task(config, mesh), sharding.rules_of(config.sharding_rules)
@@ -172,16 +177,6 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology, build_ta
         steps=config.steps,
         compile_seconds=seconds,
     )
-
-
-def with_stand_in_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config with the embedded emoji for its data: a step's shapes are theirs as well as any others'."""
-    config = ml_collections.ConfigDict(config.to_dict())
-    if config.task != "language_model":
-        config.data.train = "emoji:train"
-    if "group_by_text" in config.data:
-        config.data.group_by_text = False
-    return config
 
 
 def abstract_batch(task: Task, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
