@@ -89,6 +89,42 @@ def test_a_batched_product_as_tpus_spell_it() -> None:
     assert operation.hbm_bytes == q + 8 * 4 * 584 * 640 * 4  # k lies on the chip
 
 
+# Twelve slices of a contracted axis, four at a time: the counter goes 0, 2, 4. A window lists sizes by axis number.
+WINDOWED = """HloModule test
+
+%body (p: (u32[], bf16[128,50,2,96], bf16[2,96,3072,1])) -> (u32[], bf16[128,50,2,96], bf16[2,96,3072,1]) {
+  %p = (u32[]{:T(128)}, bf16[128,50,2,96]{3,0,2,1}, bf16[2,96,3072,1]{2,1,0,3}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = bf16[128,50,2,96]{3,0,2,1} get-tuple-element(%p), index=1
+  %w = bf16[2,96,3072,1]{2,1,0,3} get-tuple-element(%p), index=2
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%i, %two)
+  %a = bf16[128,50,3072,1]{2,0,3,1} convolution(%x, %w), window={size=2x1}, dim_labels=b10f_0io1->b1f0
+  %b = bf16[128,50,3072,1]{2,0,3,1} convolution(%x, %w), window={size=2x1}, dim_labels=b10f_0io1->b1f0
+  ROOT %t = (u32[]{:T(128)}, bf16[128,50,2,96]{3,0,2,1}, bf16[2,96,3072,1]{2,1,0,3}) tuple(%next, %x, /*index=2*/%w)
+}
+
+%condition (q: (u32[], bf16[128,50,2,96], bf16[2,96,3072,1])) -> pred[] {
+  %q = (u32[]{:T(128)}, bf16[128,50,2,96]{3,0,2,1}, bf16[2,96,3072,1]{2,1,0,3}) parameter(0)
+  %six = u32[]{:T(128)} constant(6)
+  %j = u32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %compare = pred[]{:T(512)} compare(%j, %six), direction=LT
+}
+
+ENTRY %main (x: bf16[128,50,2,96], w: bf16[2,96,3072,1]) -> bf16[128,50,2,96] {
+  %x.1 = bf16[128,50,2,96]{3,0,2,1} parameter(0)
+  %w.1 = bf16[2,96,3072,1]{2,1,0,3} parameter(1)
+  %zero = u32[]{:T(128)} constant(0)
+  %start = (u32[]{:T(128)}, bf16[128,50,2,96]{3,0,2,1}, bf16[2,96,3072,1]{2,1,0,3}) tuple(%zero, %x.1, %w.1)
+  %while = (u32[]{:T(128)}, bf16[128,50,2,96]{3,0,2,1}, bf16[2,96,3072,1]{2,1,0,3}) while(%start), """ + (
+    "condition=%condition, body=%body\n  ROOT %y = bf16[128,50,2,96]{3,0,2,1} get-tuple-element(%while), index=1\n}\n"
+)
+
+
+def test_a_product_in_slices_whose_loop_counts_by_two() -> None:
+    assert flops(Program(WINDOWED)) == 2 * 128 * 50 * 3072 * (12 * 96)
+
+
 def test_bytes_of_tiles() -> None:
     assert Array("bf16", (10, 64), (1, 0), (8, 128)).bytes == 16 * 128 * 2
     assert Array("bf16", (10, 64), (0, 1), (8, 128)).bytes == 64 * 128 * 2

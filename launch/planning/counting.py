@@ -74,7 +74,7 @@ def _convolution_flops(product: Instruction, left: Array, right: Array, out: Arr
         found = re.search(rf"(?:^| ){name}=(\S+)", window)
         return [int(n) for n in found[1].split("x")] if found else [default] * len(spatial)
 
-    spatial = [c for c in labels[0] if c.isdigit()]
+    spatial = sorted(c for c in labels[0] if c.isdigit())  # a window lists its sizes in this order
     found = re.search(r"(?:^| )pad=(\S+)", window)
     low = [int(pair.split("_")[0]) for pair in found[1].split("x")] if found else [0] * len(spatial)
     strides, dilations, spacings = numbers("stride", 1), numbers("lhs_dilate", 1), numbers("rhs_dilate", 1)

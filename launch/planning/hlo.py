@@ -1,7 +1,8 @@
 """Reads a compiled program's text (XLA's HLO): what it executes, and how often.
 
 XLA's own cost analysis counts a loop's body once. Here the body counts as often as the loop runs, which stands in
-its `known_trip_count` or, on a TPU, in its condition: counter < constant. Loops of JAX's scans count from 0 by 1.
+its `known_trip_count` or, on a TPU, follows from its condition (counter < constant), the counter's start and its
+step: a loop that the compiler made of a product and a transfer may count by 2.
 """
 
 import json
@@ -182,8 +183,8 @@ class Program:
             self.uncounted.append(loop.name)
             return 1
         counter, bound, direction = compare
-        start = self._start(computation, loop, counter)
-        return max(0, bound - start + (direction == "LE"))
+        span = bound + (direction == "LE") - self._start(computation, loop, counter)
+        return max(0, -(-span // self._step(self.computations[loop.called["body"][0]], counter)))
 
     def _comparison(self, condition: Computation) -> tuple[int, int, str] | None:
         """(the counter's place in the loop's state, the constant, LT or LE) of a loop's condition."""
@@ -207,10 +208,24 @@ class Program:
         state = computation.instructions[loop.operands[0]]
         if state.opcode != "tuple":
             return 0
-        first = computation.instructions[state.operands[counter]]
-        while first.opcode in ("copy", "bitcast", "convert"):
-            first = computation.instructions[first.operands[0]]
+        first = _behind_copies(computation, state.operands[counter])
         return int(first.arguments) if first.opcode == "constant" else 0
+
+    def _step(self, body: Computation, counter: int) -> int:
+        """What a body adds to the counter; 1 where it is not spelled as a sum with a constant."""
+        total, value = 0, _behind_copies(body, body.root.operands[counter])
+        while value.opcode == "add":
+            both = [_behind_copies(body, name) for name in value.operands]
+            value, constant = sorted(both, key=lambda part: part.opcode == "constant")
+            total += int(constant.arguments) if constant.opcode == "constant" else 0
+        return max(total, 1)
+
+
+def _behind_copies(computation: Computation, name: str) -> Instruction:
+    value = computation.instructions[name]
+    while value.opcode in ("copy", "bitcast", "convert"):
+        value = computation.instructions[value.operands[0]]
+    return value
 
 
 def _parse(line: str) -> Instruction | None:
