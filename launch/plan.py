@@ -21,7 +21,7 @@ from clip_jax.files import write_atomically
 from launch import command
 from launch.planning import hardware, report, search
 from launch.planning.step import compile_step
-from launch.train import build_task
+from launch.tasks import build_task
 
 TOPOLOGY = flags.DEFINE_string("topology", None, f"TPUs to plan for: {hardware.EXAMPLES}.")
 SLICES = flags.DEFINE_integer("slices", 1, "How many slices of that topology.")
@@ -52,4 +52,5 @@ def main(config: ml_collections.ConfigDict) -> None:
 if __name__ == "__main__":
     # Here and nowhere else JAX must not look for a TPU: the compiler would take it for one.
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for TPUs can't be read back without one
     command.run(main, with_config=True)

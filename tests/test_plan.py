@@ -6,6 +6,7 @@ from pathlib import Path
 
 import ml_collections
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 
 from clip_jax.errors import ConfigError
@@ -14,7 +15,7 @@ from configs.flamingo import smollm2
 from launch import plan as command
 from launch.planning import hardware, report, search, step
 from launch.planning.stand_in import without_data
-from launch.train import build_task
+from launch.tasks import build_task
 
 MESSAGES = {
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (600.00G) exceeds "
@@ -69,9 +70,10 @@ def test_what_does_not_fit_exits_with_1_and_a_suggestion(
     small = replace(plan.topology, chip=replace(plan.topology.chip, hbm_bytes=plan.memory.peak / 1.5))
     monkeypatch.setattr(command, "compile_step", lambda *_: replace(plan, topology=small, costs=None))
     file = tmp_path / "plan.json"
+    flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(topology="v5e:2x2", json=str(file)), pytest.raises(SystemExit) as stop:
         command.main(config)
-    assert stop.value.code and "try: embed the batch in more parts: --config.micro_batches=2" in str(stop.value.code)
+    assert stop.value.code and "try: keep only each block's input: --config.model." in str(stop.value.code)
     figures = json.loads(file.read_text())
     assert not figures["fits"] and figures["step_seconds"] is None and figures["peak_bytes"] > figures["hbm_bytes"]
 
@@ -82,8 +84,9 @@ def test_suggestions(plan: step.Plan) -> None:
     config = vit_l14_336.get_config()
     config.model.vision.remat = "none"
     assert report.suggestion(full, config) == "keep only each block's input: --config.model.vision.remat=full"
+    config.model.vision.remat, config.batch_size = "full", 256
+    assert report.suggestion(full, config) == "embed the batch in more parts: --config.micro_batches=2"
     tiny = replace(full, topology=replace(small, chip=replace(small.chip, hbm_bytes=1.0)))
-    config.model.vision.remat = "full"
     assert "a larger slice" in report.suggestion(tiny, config)
     spread = replace(tiny, mesh={"replica": 2, "fsdp": 2, "tensor": 1})
     assert "--config.mesh.replica=1" in report.suggestion(spread, config)

@@ -18,7 +18,7 @@ from launch import command
 from launch.planning import hardware
 from launch.planning.report import gib, seconds
 from launch.planning.step import Plan, compile_step
-from launch.train import build_task
+from launch.tasks import build_task
 
 TOPOLOGIES = ("v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x8", "v5p:16x16x16")
 HEADER = """| topology | chips | batch | memory on each chip | TFLOP on each chip | sent by each chip | transfers | \
@@ -59,4 +59,5 @@ def row(name: str, plan: Plan) -> str:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
     command.run(main, with_config=True)

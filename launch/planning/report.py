@@ -133,11 +133,11 @@ def suggestion(plan: Plan, config: ml_collections.ConfigDict) -> str:
         flags = " ".join(f"--config.{key}={'True' if remat_keys(config)[key] is False else 'full'}" for key in plain)
         return f"keep only each block's input: {flags}"
     fixed = memory.peak - memory.temporaries
-    if fixed < hbm and config.get("micro_batches") and config.model.vision.kind != "resnet":
-        shards = plan.mesh["replica"] * plan.mesh["fsdp"]
-        needed = math.ceil(memory.temporaries / (0.95 * hbm - fixed)) if fixed < 0.95 * hbm else 0
-        for k in range(max(2, needed), config.batch_size // shards // config.micro_batches + 1):
-            if config.batch_size % (k * config.micro_batches * shards) == 0:
+    room = 0.95 * hbm - fixed
+    if room > 0 and "micro_batches" in config and config.model.vision.kind != "resnet":
+        each = config.batch_size // (plan.mesh["replica"] * plan.mesh["fsdp"]) // config.micro_batches
+        for k in range(max(2, math.ceil(memory.temporaries / room)), each + 1):
+            if each % k == 0:
                 return f"embed the batch in more parts: --config.micro_batches={k * config.micro_batches}"
     if plan.mesh["replica"] > 1:
         return "shard the parameters: --config.mesh.replica=1 --config.mesh.fsdp=-1"

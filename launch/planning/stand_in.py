@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models
 
 from flamingo_jax.data.tokenizer import ASSETS
 
+PAIRS = "emoji:unseen_concepts"  # 400 embedded pictures with names
+
 
 @contextmanager
 def without_data(config: ml_collections.ConfigDict) -> Iterator[ml_collections.ConfigDict]:
@@ -19,7 +21,10 @@ def without_data(config: ml_collections.ConfigDict) -> Iterator[ml_collections.C
     if config.task == "language_model":
         data.train, data.evaluate = ("wordnet:held_out",), "wordnet:held_out"
     else:
-        data.train = "emoji:unseen_concepts"
+        data.train = PAIRS
+    for part in data.get("mixture", {}).values():
+        if "source" in part:
+            part.source = PAIRS
     if "group_by_text" in data:
         data.group_by_text = False
     with tempfile.TemporaryDirectory() as directory:
