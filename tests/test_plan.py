@@ -79,14 +79,14 @@ def test_what_does_not_fit_exits_with_1_and_a_suggestion(
 
 
 def test_suggestions(plan: step.Plan) -> None:
-    small = replace(plan.topology, chip=replace(plan.topology.chip, hbm_bytes=plan.memory.peak / 1.5))
-    full = replace(plan, topology=small, costs=None)
+    memory = replace(plan.memory, temporaries=20 * hardware.GiB)  # of 15.75
+    full = replace(plan, memory=memory, costs=None)
     config = vit_l14_336.get_config()
     config.model.vision.remat = "none"
     assert report.suggestion(full, config) == "keep only each block's input: --config.model.vision.remat=full"
     config.model.vision.remat, config.batch_size = "full", 256
     assert report.suggestion(full, config) == "embed the batch in more parts: --config.micro_batches=2"
-    tiny = replace(full, topology=replace(small, chip=replace(small.chip, hbm_bytes=1.0)))
+    tiny = replace(full, topology=replace(plan.topology, chip=replace(plan.topology.chip, hbm_bytes=1.0)))
     assert "a larger slice" in report.suggestion(tiny, config)
     spread = replace(tiny, mesh={"replica": 2, "fsdp": 2, "tensor": 1})
     assert "--config.mesh.replica=1" in report.suggestion(spread, config)

@@ -4,8 +4,9 @@
     python -m launch.train --config configs/clip/vit_l14_336.py --workdir runs/vit_l14_336 \\
         --config.data.train=tfds:path/to/pairs/1.0.0#train
 
-The largest model of arXiv 2103.00020; there its last epoch only was at 336 pixels, and of 224 before. Fits on 128 v5p
-chips as it is. `configs/clip/vit_l14_336.py:debug` takes seconds on a CPU, on the embedded emoji.
+The largest model of arXiv 2103.00020; there it saw 336 pixels in its last epoch only, and 224 before. As it is, it fits
+on 128 v5p chips (28 of 96 GiB each) and on 256 v5e chips (14.3 of 15.75 GiB each), keeping no more than each block's
+input. `configs/clip/vit_l14_336.py:debug` takes seconds on a CPU, on the embedded emoji.
 """
 
 import ml_collections

@@ -276,8 +276,8 @@ def measured_costs(program: Program, topology: Topology, devices: list[jax.Devic
     )
 
 
-# Parts of an operation's path that are JAX's own, not a module's.
-_WRAPPERS = re.compile(r"^(jit\(.*\)|jvp\(.*\)|transpose\(.*\)|while|body|cond|closed_call|checkpoint|"
+# Parts of an operation's path that are JAX's own, or the class of the whole model.
+_WRAPPERS = re.compile(r"^([A-Z]\w*|jit\(.*\)|jvp\(.*\)|transpose\(.*\)|while|body|cond|closed_call|checkpoint|"
                        r"rematted_computation|shard_map|remat.*|scan)$")  # fmt: skip
 
 
