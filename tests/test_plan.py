@@ -13,7 +13,7 @@ from clip_jax.errors import ConfigError
 from configs.clip import vit_b32, vit_l14_336
 from configs.flamingo import smollm2
 from launch import plan as command
-from launch.planning import hardware, report, search, step
+from launch.planning import growth, hardware, report, search, step
 from launch.planning.stand_in import without_data
 from launch.tasks import build_task
 
@@ -131,3 +131,25 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"libtpu, the compiler for TPUs, is missing: pip install '.\[tpu\]'"):
         _ = hardware.parse("v5e:2x2").devices
+
+
+def test_the_table_of_growth_goes_on_where_it_stopped(
+    plan: step.Plan, config: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiled: list[int] = []
+
+    def compile_step(config: ml_collections.ConfigDict, topology: hardware.Topology, _: object) -> step.Plan:
+        if topology.chips == 512:
+            raise KeyboardInterrupt
+        compiled.append(config.batch_size)
+        return replace(plan, topology=topology)
+
+    monkeypatch.setattr(growth, "compile_step", compile_step)
+    flags.FLAGS.mark_as_parsed()
+    path = tmp_path / "growth.md"
+    with flagsaver.flagsaver(output=str(path), per_chip=16):
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                growth.main(config.copy_and_resolve_references())
+    assert compiled == [8 * 16, 64 * 16]
+    assert [line.split(" | ")[0] for line in path.read_text().splitlines()[2:]] == ["| v5p:2x2x2", "| v5p:4x4x4"]

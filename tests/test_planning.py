@@ -175,6 +175,23 @@ def test_collectives_and_what_they_send() -> None:
     assert reduce.group in ([0, 4], [1, 5], [2, 6], [3, 7])
 
 
+BETWEEN_SLICES = """HloModule test
+
+ENTRY %main (x: f32[256,8,128]) -> token[] {
+  %x = f32[256,8,128]{2,1,0:T(8,128)} parameter(0)
+  %after = token[] after-all()
+  %send = (f32[256,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%x, %after), channel_id=2, """ + (
+    'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+    "  ROOT %done = token[] send-done(%send), channel_id=2, is_host_transfer=true\n}\n"
+)
+
+
+def test_what_is_sent_between_slices_goes_through_the_hosts() -> None:
+    (found,) = collectives(Program(BETWEEN_SLICES), 8)
+    assert (found.kind, found.bytes, found.times, found.group) == ("all-reduce", 256 * 8 * 128 * 4, 1, [*range(8)])
+
+
 @pytest.mark.parametrize(
     ("groups", "expected"),
     [

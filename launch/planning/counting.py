@@ -14,6 +14,7 @@ PASSES = {"highest": 6, "high": 3}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 NO_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
               "replica-id", "optimization-barrier", "iota", "copy-done", "slice-done", "async-done",
+              "send", "send-done", "recv", "recv-done",
               *(f"{name}-done" for name in COLLECTIVES)}  # fmt: skip
 NO_TRAFFIC_CALLS = {"AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone"}
 
@@ -162,8 +163,16 @@ def _written(body: Computation, result: Instruction) -> int:
 def collectives(program: Program, devices: int) -> Iterator[Collective]:
     """What is sent between devices. Rings are assumed: of n devices each sends (n - 1)/n of what all gather."""
     for computation, instruction, times in program.executed():
+        around = instruction.scope or program.loop_scopes.get(id(computation), "")
         for where, inner in program.inside(computation, instruction):
+            scope = inner.scope or around
             kind = inner.opcode.removesuffix("-start")
+            if inner.opcode == "send" and (found := re.search(r'_megascale_transfer_type="(\w+)"', inner.attributes)):
+                # Between slices the hosts' runtime does the rest of it: what a device hands over is what is sent.
+                handed = sum(array.bytes for array in where.instructions[inner.operands[0]].arrays)
+                kind = found[1].lower().replace("_", "-")
+                yield Collective(kind, scope, kind == "all-gather", times, handed, list(range(devices)))
+                continue
             # A transfer that computations hide stands in each of these fusions once more.
             if kind not in COLLECTIVES or _carried(inner):
                 continue
@@ -178,7 +187,6 @@ def collectives(program: Program, devices: int) -> Iterator[Collective]:
                 "collective-permute": given,
             }.get(kind, given * (size - 1) / size)
             if sent:
-                scope = inner.scope or instruction.scope or program.loop_scopes.get(id(computation), "")
                 gathers = kind == "all-gather" or all(_among_zeros(program, where, name) for name in inner.operands)
                 yield Collective(kind, scope, gathers, times, round(sent), _longest(groups))
 
