@@ -277,14 +277,13 @@ def measured_costs(program: Program, topology: Topology, devices: list[jax.Devic
 
 
 # Parts of an operation's path that are JAX's own, or the class of the whole model.
-_WRAPPERS = re.compile(r"^([A-Z]\w*|jit\(.*\)|jvp\(.*\)|transpose\(.*\)|while|body|cond|closed_call|checkpoint|"
-                       r"rematted_computation|shard_map|remat.*|scan)$")  # fmt: skip
+_WRAPPERS = re.compile(r"^([A-Z]\w*|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|remat\w*)$")
 
 
 def purpose(collective: Collective) -> str:
     """What is sent, and for what, by the path that JAX gives it: "summed in backward of vision/transformer"."""
     kind, parts = collective.kind, collective.scope.split("/")
-    modules = "/".join([part for part in parts[:-1] if not _WRAPPERS.match(part)][:2])
+    modules = "/".join([part for part in parts[:-1] if part.isidentifier() and not _WRAPPERS.match(part)][:2])
     if "shard_map" in parts:
         place = "the loss"
     elif "rematted_computation" in parts:
