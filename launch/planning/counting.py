@@ -193,16 +193,19 @@ def collectives(program: Program, devices: int) -> Iterator[Collective]:
 
 def _among_zeros(program: Program, computation: Computation, name: str) -> bool:
     """Whether an operand is a shard written into zeros: a sum of such is a gathering."""
-    value = computation.instructions[name]
+    value, outer = computation.instructions[name], {}
     while value.opcode in ("copy", "copy-done", "copy-start", "bitcast", "fusion"):
         if value.opcode == "fusion":
-            computation = program.fused(value)
-            value = computation.root
+            fused = program.fused(value)
+            given = (computation.instructions[operand] for operand in value.operands)
+            outer = {p.name: operand for p, operand in zip(fused.parameters, given, strict=True)}
+            computation, value = fused, fused.root
         else:
             value = computation.instructions[value.operands[0]]
     if value.opcode != "dynamic-update-slice":
         return False
-    return computation.instructions[value.operands[0]].opcode in ("broadcast", "constant")
+    target = value.operands[0]
+    return outer.get(target, computation.instructions[target]).opcode in ("broadcast", "constant")
 
 
 def _longest(groups: np.ndarray) -> list[int]:
