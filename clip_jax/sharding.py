@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import ConfigError
@@ -65,9 +66,18 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         sizes = {axis: len(devices) // known if n == -1 else n for axis, n in sizes.items()}
     if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
         raise ConfigError(f"mesh {dict(sizes)} needs {known} devices or a multiple; there are {len(devices)}")
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+    # The slow network between slices carries the outermost axis that it can: of `replica`, gradients only.
+    across = next((axis for axis in BATCH_AXES if sizes[axis] % slices == 0), None)
+    if across is None:
+        raise ConfigError(f"mesh {sizes} on {slices} slices: replica or fsdp must be a multiple of {slices}")
+    outer = [slices if axis == across else 1 for axis in MESH_AXES]
+    inner = [size // n for size, n in zip(sizes.values(), outer, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 @contextmanager

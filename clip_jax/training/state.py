@@ -79,7 +79,8 @@ def abstract_state(
     create: Callable[[jax.Array], TrainState], mesh: Mesh, rules: sharding.Rules
 ) -> tuple[TrainState, TrainState]:
     """(shapes with shardings, shardings) of the state, without allocating anything."""
-    boxed = jax.eval_shape(create, jax.random.key(0))
+    # The key is abstract, too: devices that are only described, as launch.plan's are, can't make one.
+    boxed = jax.eval_shape(create, jax.eval_shape(lambda: jax.random.key(0)))
     shapes = sharding.abstract(boxed, mesh, rules)
     return shapes, jax.tree.map(lambda leaf: leaf.sharding, shapes)
 

@@ -1,0 +1,26 @@
+"""CLIP ViT-L/14@336 from scratch at batch 32,768, on pairs of your own.
+
+    python -m launch.plan --config configs/clip/vit_l14_336.py --topology v5p:4x4x8
+    python -m launch.train --config configs/clip/vit_l14_336.py --workdir runs/vit_l14_336 \\
+        --config.data.train=tfds:path/to/pairs/1.0.0#train
+
+The largest model of arXiv 2103.00020; there it saw 336 pixels in its last epoch only, and 224 before. As it is, it fits
+on 128 v5p chips (28 of 96 GiB each) and on 256 v5e chips (14.3 of 15.75 GiB each), keeping no more than each block's
+input. `configs/clip/vit_l14_336.py:debug` takes seconds on a CPU, on the embedded emoji.
+"""
+
+import ml_collections
+
+from configs.clip.common import clip_config, debug, emoji_data
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = clip_config("ViT-L/14@336")
+    config.data.tokenizer = "openai"
+    config.data.templates = "imagenet_80"
+    config.model.dtype = "bfloat16"
+    config.model.vision.remat = config.model.text.remat = "full"
+    if arg == "debug":
+        emoji_data(config)
+        return debug(config, "debug-ViT")
+    return config

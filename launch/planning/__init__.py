@@ -1,0 +1,1 @@
+"""What a training step costs on a TPU, read from the program compiled for it."""

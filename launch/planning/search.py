@@ -1,0 +1,96 @@
+"""Tries meshes, rematerialisation and micro-batches of a config on a topology, and ranks what fits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_collections
+from tqdm import tqdm
+
+from clip_jax.errors import ConfigError
+from clip_jax.models.layers import REMAT_POLICIES
+from launch.planning.hardware import Topology
+from launch.planning.report import gib, remat_keys, seconds, to_json
+from launch.planning.step import BuildTask, Plan, compile_step
+
+
+@dataclass(frozen=True)
+class Result:
+    overrides: dict[str, Any]  # key of the config → value
+    plan: Plan
+
+    @property
+    def flags(self) -> str:
+        return " ".join(f"--config.{key}={value}" for key, value in self.overrides.items())
+
+    def to_json(self, price: float | None) -> dict[str, Any]:
+        return {"overrides": self.overrides, **to_json(self.plan, price)}
+
+
+def search(config: ml_collections.ConfigDict, topology: Topology, build_task: BuildTask) -> list[Result]:
+    """All results, those that fit first, the fastest of them first.
+
+    Of every mesh and policy, micro-batches are doubled from 1 until the step fits: more would only be slower.
+    """
+    found = []
+    meshes, policies = list(mesh_shapes(topology)), list(remat_choices(config))
+    with tqdm(total=len(meshes) * len(policies), desc="search", unit="choice", dynamic_ncols=True) as bar:
+        for mesh in meshes:
+            for policy in policies:
+                for micro in micro_batch_choices(config):
+                    overrides = mesh | policy | micro
+                    changed = ml_collections.ConfigDict(config.to_dict())
+                    changed.update_from_flattened_dict(overrides)
+                    try:
+                        result = Result(overrides, compile_step(changed, topology, build_task))
+                    except ConfigError as error:  # a batch that does not divide, say
+                        tqdm.write(f"{Result(overrides, None).flags}: {error}")  # type: ignore[arg-type]
+                        break
+                    found.append(result)
+                    tqdm.write(line(result))
+                    if result.plan.fits:
+                        break
+                bar.update()
+    return sorted(found, key=order)
+
+
+def order(result: Result) -> tuple[bool, float]:
+    costs = result.plan.costs
+    return (True, result.plan.memory.peak) if costs is None else (not result.plan.fits, costs.step_seconds)
+
+
+def mesh_shapes(topology: Topology) -> Iterator[dict[str, int]]:
+    """Parameters over all devices; over some, replicated beyond; and each layer over 2 and 4 devices."""
+    devices = topology.chips * topology.chip.devices
+    shapes = [(1, devices, 1), (devices, 1, 1), (devices // 8, 8, 1), (1, devices // 2, 2), (1, devices // 4, 4)]
+    for replica, fsdp, tensor in dict.fromkeys(shapes):
+        if replica * fsdp * tensor == devices:
+            yield {"mesh.replica": replica, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+
+
+def remat_choices(config: ml_collections.ConfigDict) -> Iterator[dict[str, Any]]:
+    """One policy for all towers at a time."""
+    keys = remat_keys(config)
+    for policy in ("none", *reversed(REMAT_POLICIES)) if keys else ():
+        yield {k: (policy != "none") if isinstance(v, bool) else policy for k, v in keys.items()}
+
+
+def micro_batch_choices(config: ml_collections.ConfigDict) -> Iterator[dict[str, int]]:
+    if "micro_batches" not in config or config.model.vision.kind == "resnet":
+        yield {}
+        return
+    for doublings in range(6):
+        yield {"micro_batches": 2**doublings}
+
+
+def line(result: Result) -> str:
+    plan = result.plan
+    if plan.costs is None:
+        return f"{gib(plan.memory.peak):>14}  {'does not fit':24}  {result.flags}"
+    return (f"{gib(plan.memory.peak):>14}  {seconds(plan.costs.step_seconds):>9}  MFU {plan.mfu:6.1%}  "
+            f"  {result.flags}")  # fmt: skip
+
+
+def to_text(results: list[Result]) -> str:
+    fitting = [result for result in results if result.plan.fits]
+    return "\n".join([f"{len(fitting)} of {len(results)} fit, the fastest first:", *map(line, fitting)])
