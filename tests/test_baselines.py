@@ -240,7 +240,7 @@ def test_a_run_is_trained_and_evaluated(
     monkeypatch.setattr(evaluate, "open_source", lambda spec: [open_source(spec)[i] for i in range(50)])
     results, shown = evaluate.EVALUATORS[family][0](config, mesh, path)
     figures = results["sources"]["unseen_concepts"]
-    assert (figures["images"], figures["classes"], figures["chance"]["top1"]) == (50, 50, 1 / 50)
+    assert figures["images"] == 50 and figures["chance"]["top1"] == 1 / figures["classes"]
     assert 0 <= figures["top1"] <= figures["top5"] < 0.5  # two steps teach nothing
     assert len(shown["unseen_concepts"]["classification"][0]["top"]) == 5
     evaluate.EVALUATORS[family][1](results)

@@ -44,7 +44,8 @@ def test_gradients_are_the_weighted_sum_of_separate_ones(devices: int, micro_bat
         batches[name] = jax.device_put(rows, sharding.batch_sharding(mesh))
     sgd = optax.sgd(1.0)  # an update that is the gradient
     with sharding.use_mesh(mesh):
-        before = sharding.unbox(train_state.create_fn(task, sgd, ())(jax.random.key(0)))
+        create = train_state.create_fn(task, sgd, ())
+        before = jax.jit(lambda key: sharding.unbox(create(key)))(jax.random.key(0))
         after, metrics = jax.jit(train_state.train_step_fn(task, sgd, 0))(before, batches)
 
         alone = ClipTask(mixed(seen=TWO["seen"]), mesh)  # in one piece
