@@ -106,6 +106,7 @@ class Flamingo(nn.Module):
         `media` is what `see` returned, or what `keys_values` made of it.
         """
         seen = jnp.repeat(media_mask_BxLxT, self.resampler.latents, axis=2)
+        x_BxLxD = self.language_model.place(x_BxLxD, position_BxL, mask_BxLxS.shape[-1])
         if self.is_initializing():
             x, _ = self.gated(x_BxLxD, media_BxMxC, seen)
             x, kept = self.language_model.blocks(x, position_BxL, mask_BxLxS)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from clip_jax.models.layers import RESIDUAL, Array, attention, layer_norm, zeros
-from flamingo_jax.models.layers import Projection, SquaredReluMLP
+from flamingo_jax.models.layers import FeedForward, Projection
 
 KeyValue = tuple[Array, Array]  # [B, T·R, H, K] each
 
@@ -35,7 +35,7 @@ class GatedCrossAttention(nn.Module):
         self.key = Projection("BSC,CHK->BSHK", (C, H, K), axes, C**-0.5, self.dtype)
         self.value = Projection("BSC,CHK->BSHK", (C, H, K), axes, C**-0.5, self.dtype)
         self.out = Projection("BLHK,HKD->BLD", (H, K, D), ("heads", "head_size", "embed"), (H * K) ** -0.5, self.dtype)
-        self.mlp = SquaredReluMLP(self.mlp_width, self.dtype)
+        self.mlp = FeedForward(self.mlp_width, dtype=self.dtype)
         self.attention_gate = self.param("attention_gate", zeros(), ())
         self.mlp_gate = self.param("mlp_gate", zeros(), ())
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from clip_jax.errors import ConfigError
 from clip_jax.models.layers import Array, attention, layer_norm, normal
-from flamingo_jax.models.layers import Projection, SquaredReluMLP
+from flamingo_jax.models.layers import FeedForward, Projection
 
 
 class ResamplerBlock(nn.Module):
@@ -37,7 +37,7 @@ class ResamplerBlock(nn.Module):
         y = Projection("BLHK,HKD->BLD", (H, K, D), out_axes, (H * K) ** -0.5, self.dtype, name="out")(y)
         latents_BxRxD = latents_BxRxD + y
         y = layer_norm("mlp_norm", self.dtype)(latents_BxRxD)
-        return latents_BxRxD + SquaredReluMLP(self.mlp_width, self.dtype, name="mlp")(y), None
+        return latents_BxRxD + FeedForward(self.mlp_width, dtype=self.dtype, name="mlp")(y), None
 
 
 class PerceiverResampler(nn.Module):

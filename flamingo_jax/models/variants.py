@@ -3,6 +3,7 @@
 `heads` and `head_size` of a language model's gated blocks are those of arXiv 2204.14198, table 5, in its own sizes.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import ml_collections
 from clip_jax.errors import ConfigError
 from clip_jax.models import variants as clip_variants
 from flamingo_jax.models.flamingo import Flamingo
-from flamingo_jax.models.language_model import LanguageModel
+from flamingo_jax.models.language_model import DecoderSpec, LanguageModel
 from flamingo_jax.models.resampler import PerceiverResampler
 
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
@@ -65,9 +66,7 @@ def get_language_model(name: str) -> ml_collections.ConfigDict:
     """The config of a named language model; every field can then be overridden."""
     if name not in LANGUAGE_MODELS:
         raise ConfigError(f"unknown language model {name!r}: expected one of {', '.join(LANGUAGE_MODELS)}")
-    return ml_collections.ConfigDict(
-        dict(rope_theta=10000.0, norm_eps=1e-5, tied=True, embedding_std=0.02) | LANGUAGE_MODELS[name]
-    )
+    return ml_collections.ConfigDict(dataclasses.asdict(DecoderSpec(**LANGUAGE_MODELS[name])))
 
 
 def get_variant(name: str) -> ml_collections.ConfigDict:
@@ -85,7 +84,7 @@ def get_variant(name: str) -> ml_collections.ConfigDict:
 
 
 def build_language_model(config: Mapping[str, Any], dtype: str) -> LanguageModel:
-    return LanguageModel(**dict(config), dtype=jnp.dtype(dtype))
+    return LanguageModel(DecoderSpec(**dict(config)), dtype=jnp.dtype(dtype))
 
 
 def build_flamingo(config: Mapping[str, Any]) -> Flamingo:

@@ -1,5 +1,6 @@
 """Flamingo as a task: a frozen tower and a frozen language model from checkpoints, the parts between them trained."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from clip_jax.training.state import merge
 from flamingo_jax.data.documents import Shape
 from flamingo_jax.data.emoji import EmojiDocuments
 from flamingo_jax.data.tokenizer import open_tokenizer
+from flamingo_jax.models.language_model import DecoderSpec
 from flamingo_jax.models.variants import build_flamingo
 from flamingo_jax.training.language_model_task import check_vocabulary
 
@@ -103,7 +105,9 @@ class FlamingoTask:
                 family = found[name].get("family", "foreign")
                 raise ConfigError(f"init.{name}={self.config.init[name]}: a {family} checkpoint, without a {what}")
         check_vision(self.config)
-        compare("init.language_model", lm["language_model"], model.language_model.to_dict(), ("embedding_std",))
+        # A checkpoint may be older than a field, or name only what its source says.
+        fields = dataclasses.asdict(DecoderSpec(**lm["language_model"]))
+        compare("init.language_model", fields, model.language_model.to_dict(), ("embedding_std",))
         digests = {"tokenizer.sha256": self.tokenizer.digest()}
         compare("init.language_model", {"tokenizer.sha256": lm["tokenizer"]["sha256"]}, digests)
         if flamingo:
