@@ -360,8 +360,9 @@ def _flatten(path: Path, tree: Any, prefix: str = "", depth: int = 0) -> Iterato
     items = tree.attributes if is_module else tree
     if not isinstance(items, Mapping):
         raise CheckpointError(f"{path}: holds a {type(tree).__name__}; expected a state dict")
-    if not is_module and isinstance(items.get("state_dict"), Mapping):
-        items = items["state_dict"]
+    for name in () if is_module else ("state_dict", "model_state_dict"):
+        if isinstance(items.get(name), Mapping):
+            items = items[name]
     for key, value in items.items():
         if not isinstance(key, str):
             raise CheckpointError(f"{path}: {prefix}{str(key)[:80]} is no name of a tensor")

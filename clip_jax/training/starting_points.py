@@ -14,7 +14,8 @@ from clip_jax.errors import ConfigError
 from clip_jax.models.variants import build_two_tower, build_vision
 from clip_jax.training import checkpoint
 
-COSTS = ("dtype", "remat", "patch_dropout")  # fields of a tower that may differ: they are no part of what it computes
+# Fields of a tower that may differ: they are no part of what it computes, or say where Flamingo looks at it.
+COSTS = ("dtype", "remat", "patch_dropout", "norm_tokens")
 
 
 def compare(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:

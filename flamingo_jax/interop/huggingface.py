@@ -84,6 +84,6 @@ def model_fields(config: Mapping[str, Any], label: str) -> tuple[str, dict[str, 
 
 def drop_tied_head(family: Family, fields: Mapping[str, Any], tensors: Tensors, label: str) -> None:
     """Some writers store a tied matrix twice. Raises CheckpointError where the two differ."""
-    if fields["tied"] and family.head in tensors and family.embedding in tensors:
-        if not np.array_equal(tensors.pop(family.head), tensors[family.embedding]):
-            raise CheckpointError(f"{label}: {CONFIG} ties {family.head} to {family.embedding}, but they differ")
+    twice = fields["tied"] and family.head in tensors and family.embedding in tensors
+    if twice and not np.array_equal(tensors.pop(family.head), tensors[family.embedding]):
+        raise CheckpointError(f"{label}: {CONFIG} ties {family.head} to {family.embedding}, but they differ")
