@@ -50,12 +50,8 @@ def assert_close(got: np.ndarray, expected: np.ndarray, mask: np.ndarray, tolera
 def test_logits_are_open_flamingos(case: str) -> None:
     """A language model with a head of its own, whose vocabulary grew; and a tied one whose vocabulary shrank."""
     inputs, expected, meta = load(case)
-    text, mask = inputs["lang_x"], inputs["attention_mask"].astype(bool)
-    latest = np.cumsum(text == meta["config"]["media_token_id"], axis=1)
-    batch = dict(
-        media=inputs["vision_x"].transpose(0, 1, 2, 4, 5, 3), frame_mask=np.ones((4, 2, 1), bool), text=text,
-        text_mask=mask, media_mask=latest[..., None] == np.arange(1, 3),
-    )  # fmt: skip
+    batch = open_flamingo_batch(inputs, meta)
+    mask = batch["text_mask"]
     for key, norm_tokens in (("logits", False), ("logits_post_ln", True)):
         model = open_flamingo(case, norm_tokens=norm_tokens)
         assert model.config["interval"] == meta["config"]["cross_attn_every_n_layers"]
@@ -63,6 +59,44 @@ def test_logits_are_open_flamingos(case: str) -> None:
         assert_close(logits(model, batch), expected[key], mask, meta["tolerance"]["value"])
     stored = read_tensors(ORACLES / case / "checkpoint.pt")
     assert set(model.report.used) == {key.removeprefix("module.") for key in stored}
+
+
+def open_flamingo_batch(inputs: Any, meta: dict[str, Any]) -> Batch:
+    text = inputs["lang_x"]
+    latest = np.cumsum(text == meta["config"]["media_token_id"], axis=1)
+    return dict(
+        media=inputs["vision_x"].transpose(0, 1, 2, 4, 5, 3), frame_mask=np.ones((4, 2, 1), bool), text=text,
+        text_mask=inputs["attention_mask"].astype(bool), media_mask=latest[..., None] == np.arange(1, 3),
+    )  # fmt: skip
+
+
+def test_generation_keeps_the_blocks_before_the_first_gated_one() -> None:
+    """OpenFlamingo's first block has no gated one before it; its keys and values are cached like the others'."""
+    inputs, _, meta = load("of_llama")
+    model, new = open_flamingo("of_llama"), 4
+    assert model.config["first_block"] == 1
+    batch = {key: value[[0, 1, 3]] for key, value in open_flamingo_batch(inputs, meta).items()}  # padded on the left
+    with jax.default_matmul_precision("highest"):
+        said = np.asarray(jax.jit(make_generate(build_flamingo(model.config), new, stop_id=-1))(model.variables, batch))
+    grown = batch | {
+        "text": np.concatenate([batch["text"], said], axis=1),
+        "text_mask": np.pad(batch["text_mask"], ((0, 0), (0, new)), constant_values=True),
+        "media_mask": np.concatenate([batch["media_mask"], np.repeat(batch["media_mask"][:, -1:], new, 1)], axis=1),
+    }
+    np.testing.assert_array_equal(logits(model, grown)[:, -new - 1 : -1].argmax(axis=-1), said)
+
+
+def test_blocks_without_gates_are_those_with_open_ones() -> None:
+    inputs, _, _ = load("hf_idefics_float")
+    model, batch = read_idefics(ORACLES / "hf_idefics_float"), idefics_batch(inputs)
+    gated = model.variables["params"]["gated"]
+    for name in ("attention_gate", "mlp_gate"):
+        gated[name] = np.full_like(gated[name], 20.0)  # tanh(20) is 1 in float32
+    opened = logits(model, batch)
+    for name in ("attention_gate", "mlp_gate"):
+        del gated[name]
+    model.config["gated"]["gate"] = "none"
+    np.testing.assert_allclose(logits(model, batch), opened, rtol=1e-5, atol=1e-5)
 
 
 def idefics_batch(inputs: Any) -> Batch:

@@ -353,7 +353,7 @@ def _unpickle(path: Path, name: str, table: bytes) -> Any:
 
 
 def _flatten(path: Path, tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, _Tensor]]:
-    """Dotted names and tensors of a state dict, of a training checkpoint's `state_dict`, or of a module tree."""
+    """Dotted names and tensors of a state dict, of a training checkpoint's one, or of a module tree."""
     if depth > MAX_DEPTH:
         raise CheckpointError(f"{path}: {prefix[:80]}… is nested too deeply")
     is_module = isinstance(tree, _Inert)

@@ -67,7 +67,7 @@ _IDEFICS_RESAMPLER = dict(
     width=1280, layers=6, heads=16, head_size=96, latents=64, frames=1, time_embedding=False, activation="relu",
     qk_norm=True,
 )  # fmt: skip
-_IDEFICS_GATED = dict(norm="rms", media_norm=False, qk_norm=True, activation="swiglu", vector_gate=True)
+_IDEFICS_GATED = dict(norm="rms", media_norm=False, qk_norm=True, activation="swiglu")
 
 # name: (vision tower of the CLIP variant, language model, the trained parts)
 FLAMINGOS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -93,7 +93,7 @@ FLAMINGOS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LLaMA-65B",
         dict(
             interval=4, heads=64, head_size=128, extra_tokens=2, resampler=_IDEFICS_RESAMPLER,
-            gated=_IDEFICS_GATED | dict(mlp_width=22016, norm_eps=1e-5),
+            gated=_IDEFICS_GATED | dict(mlp_width=22016, norm_eps=1e-5, vector_gate=True),
         ),
     ),
     "emoji": (
