@@ -47,12 +47,12 @@ def test_the_checkpoint_holds_weights_tokenizer_and_where_they_are_from(
     output = run(tmp_path)
     assert "params/language_model (layers 3 width 48 heads 6 kv_heads 2 vocab_size 95)" in capsys.readouterr().out
     params = checkpoint.load(output, "params/language_model")
-    jax.tree.map(np.testing.assert_array_equal, params, huggingface.read(test_gguf.ORACLE)[1])
+    jax.tree.map(np.testing.assert_array_equal, params, huggingface.read(test_gguf.ORACLE).params)
 
     metadata = checkpoint.metadata(checkpoint.latest(output))
     model = metadata["model"]
     assert model["family"] == "language_model" and metadata["step"] == 0
-    assert set(model["language_model"]) == {*huggingface.read(test_gguf.ORACLE)[0]}
+    assert set(model["language_model"]) == {*huggingface.read(test_gguf.ORACLE).fields}
     assert metadata["config"]["sha256"] == smollm2.SHA256
     file = output / model["tokenizer"]["file"]
     assert hashlib.sha256(file.read_bytes()).hexdigest() == model["tokenizer"]["sha256"]

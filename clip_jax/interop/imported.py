@@ -91,6 +91,19 @@ class Fields:
             raise CheckpointError(f"{self.label}: {key} is {value!r}; expected one of {expected}")
         return known[value]
 
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.label}: {key} is {value!r}; true or false expected")
+        return value
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Raises CheckpointError where a field is there and says anything else."""
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            expected = " or ".join(map(repr, allowed)) or "none"
+            raise CheckpointError(f"{self.label}: {key} is {value!r}; only {expected} is supported")
+
     def object(self, key: str) -> "Fields":
         return Fields(self.values.get(key) or {}, f"{self.label}: {key}")
 

@@ -5,9 +5,10 @@ dimensions correspond, ours before the arrow: "d h k -> (h k) d" turns our kerne
 [H·K, D]. A `*` in their key is the number of a layer, and stands for our leading `layers` dimension.
 """
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,15 +26,16 @@ PyTree = Any
 
 
 class Row(NamedTuple):
-    """`part` (i, n): ours is the i-th of n equal parts of their first dimension (queries, keys and values).
-    `first`: the number of the first layer that `*` stands for.
+    """`part` (i, n): ours is the i-th of n parts, which their dimension "n" counts (queries, keys and values).
+
+    `every` (first, step): our layer i is their layer first + i·step.
     """
 
     ours: str
     theirs: str
     axes: str = ""
     part: tuple[int, int] = (0, 1)
-    first: int = 0
+    every: tuple[int, int] = (0, 1)
 
 
 @dataclass
@@ -94,21 +96,43 @@ def to_ours(
     allow: Sequence[str] = (),
     ignore: Sequence[str] = (),
 ) -> tuple[PyTree, Report]:
-    """Their tensors as variables {"params": …, "batch_stats": …}, float32, and what became of each.
+    """Their tensors as variables {"params": …, "batch_stats": …} of a two-tower model, float32.
+
+    Args: `config`: the model, in `get_variant`'s shape; the others as for `fill`, which says what is raised.
+    """
+
+    def initial() -> PyTree:
+        return initial_variables(config)
+
+    return fill(rows, initial, tensors, label, allow=allow, ignore=ignore, dtype=np.dtype(np.float32))
+
+
+def fill(
+    rows: Sequence[Row],
+    initial: Callable[[], PyTree],
+    tensors: Mapping[str, np.ndarray],
+    label: str,
+    *,
+    allow: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    dtype: np.dtype | None = None,
+) -> tuple[PyTree, Report]:
+    """Their tensors as a tree of ours, and what became of each.
 
     Args:
       rows: the layout. Rows for variables that this model lacks are passed over.
-      config: the model, in `get_variant`'s shape.
-      tensors: their key → array of any float dtype.
+      initial: what draws the model's variables. Its shapes alone are used, unless `allow` lets tensors be missing.
+      tensors: their key → array of any float dtype; it may be read when it is asked for.
       label: what errors begin with: the file.
       allow: regular expressions for the start of keys that may be missing (they are then initialised) or unused.
       ignore: the same, for constants that carry no weights.
+      dtype: of what is returned; None: as it is stored (of several layers, the widest).
 
     Raises:
       CheckpointError: a tensor is missing, left over, of another shape, or not of finite floats.
     """
     # As large a model as a config may claim: only its shapes are made.
-    shapes = {path: x.shape for path, x in _flat(jax.eval_shape(lambda: initial_variables(config))).items()}
+    shapes = {path: x.shape for path, x in _flat(sharding.unbox(jax.eval_shape(initial))).items()}
     report = Report()
     found: Arrays = {}
     left_out = set()
@@ -116,17 +140,17 @@ def to_ours(
         if row.ours not in shapes:
             continue
         pieces = []
-        for key, inner in _keys(row, shapes[row.ours]):
-            expected = (inner[0] * row.part[1], *inner[1:]) if inner else inner
+        for key, expected in _keys(row, shapes[row.ours]):
             if key not in tensors:
                 report.missing.append(key)
-            elif tensors[key].shape != expected:
-                report.wrong_shape[key] = (tensors[key].shape, expected)
+            elif (value := tensors[key]).shape != expected:
+                report.wrong_shape[key] = (value.shape, expected)
             else:
                 report.used.setdefault(key, []).append(row.ours)
-                pieces.append(_from_theirs(row, _as_float32(tensors[key], f"{label}: {key}"), shapes[row.ours]))
+                pieces.append(_from_theirs(row, _as_floats(value, dtype, f"{label}: {key}"), shapes[row.ours]))
         if len(pieces) == _layers(row, shapes[row.ours]):
-            found[row.ours] = np.stack(pieces) if "*" in row.theirs else pieces[0]
+            widest = functools.reduce(jnp.promote_types, (piece.dtype for piece in pieces))
+            found[row.ours] = np.stack(pieces, dtype=widest) if "*" in row.theirs else pieces[0]
         else:
             left_out.add(row.ours)
     report.missing = list(dict.fromkeys(report.missing))
@@ -135,7 +159,7 @@ def to_ours(
             (report.ignored if any(re.match(p, key) for p in ignore) else report.unused).append(key)
     report.check(label, allow)
     if left_out:
-        drawn = _flat(initial_variables(config))
+        drawn = _flat(sharding.unbox(initial()))
         found |= {path: np.asarray(drawn[path]) for path in left_out}
     if unmapped := sorted(shapes.keys() - found.keys()):
         raise CheckpointError(f"{label}: this layout has no {unmapped[0]}")
@@ -151,18 +175,20 @@ def to_theirs(rows: Sequence[Row], variables: PyTree) -> Arrays:
     if unmapped := sorted(ours.keys() - {row.ours for row in rows}):
         raise CheckpointError(f"this layout has no place for {unmapped[0]}")
     parts: dict[str, dict[int, np.ndarray]] = {}
+    theirs: Arrays = {}
     for row in rows:
         if row.ours in ours:
             value = ours[row.ours]
             layers = value if "*" in row.theirs else [value]
             for (key, shape), layer in zip(_keys(row, value.shape), layers, strict=True):
-                left, right = _axes(row, layer.shape)
+                left, right = _axes(row)
                 moved = layer.transpose([left.index(name) for name in right if name in left]) if row.axes else layer
-                parts.setdefault(key, {})[row.part[0]] = np.array(moved.reshape(shape), order="C")
-    return {
-        key: np.concatenate([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
-        for key, found in parts.items()
-    }
+                found = parts.setdefault(key, {})
+                found[row.part[0]] = moved
+                if len(found) == row.part[1]:
+                    joined = np.stack([found[i] for i in sorted(found)], right.index("n")) if "n" in right else moved
+                    theirs[key] = np.array(joined.reshape(shape), order="C")
+    return theirs
 
 
 def resize_positions(position_NxD: np.ndarray, grid: int, prefix: int) -> np.ndarray:
@@ -188,8 +214,8 @@ def linear(ours: str, theirs: str) -> list[Row]:
 
 def split_heads(ours: str, theirs: str, part: tuple[int, int] = (0, 1), dot: str = ".") -> list[Row]:
     return [
-        Row(f"{ours}/kernel", f"{theirs}{dot}weight", "d h k -> (h k) d", part),
-        Row(f"{ours}/bias", f"{theirs}{dot}bias", "h k -> (h k)", part),
+        Row(f"{ours}/kernel", f"{theirs}{dot}weight", "d h k -> (n h k) d", part),
+        Row(f"{ours}/bias", f"{theirs}{dot}bias", "h k -> (n h k)", part),
     ]
 
 
@@ -212,36 +238,42 @@ def _layers(row: Row, shape: tuple[int, ...]) -> int:
 
 
 def _keys(row: Row, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """Each of their keys and the shape of our part in it."""
+    """Each of their keys and its shape."""
     inner = shape[1:] if "*" in row.theirs else shape
     if row.axes:
-        sizes = dict(zip(row.axes.split("->")[0].split(), inner, strict=True)) | {"1": 1}
+        sizes = _sizes(row, inner)
         groups = re.findall(r"\(([^)]*)\)|(\S+)", row.axes.split("->")[1])
         inner = tuple(math.prod(sizes[name] for name in (group or single).split()) for group, single in groups)
-    return [(row.theirs.replace("*", str(row.first + i)), inner) for i in range(_layers(row, shape))]
+    first, step = row.every
+    return [(row.theirs.replace("*", str(first + i * step)), inner) for i in range(_layers(row, shape))]
 
 
-def _axes(row: Row, shape: tuple[int, ...]) -> tuple[list[str], list[str]]:
+def _axes(row: Row) -> tuple[list[str], list[str]]:
+    """Our dimensions and theirs, without those of size 1."""
     left, right = row.axes.split("->") if row.axes else ("", "")
-    return left.split(), re.sub("[()]", " ", right).split()
+    return left.split(), [name for name in re.sub("[()]", " ", right).split() if name != "1"]
+
+
+def _sizes(row: Row, inner: tuple[int, ...]) -> dict[str, int]:
+    return dict(zip(row.axes.split("->")[0].split(), inner, strict=True)) | {"1": 1, "n": row.part[1]}
 
 
 def _from_theirs(row: Row, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    index, count = row.part
-    value = np.split(value, count)[index] if count > 1 else value
     if not row.axes:
         return value
-    inner = shape[1:] if "*" in row.theirs else shape
-    left, right = _axes(row, inner)
-    sizes = dict(zip(left, inner, strict=True))
-    right = [name for name in right if name in sizes]
-    return value.reshape([sizes[name] for name in right]).transpose([right.index(name) for name in left])
+    left, right = _axes(row)
+    sizes = _sizes(row, shape[1:] if "*" in row.theirs else shape)
+    value = value.reshape([sizes[name] for name in right])
+    if "n" in right:
+        value = value.take(row.part[0], right.index("n"))
+        right.remove("n")
+    return value.transpose([right.index(name) for name in left])
 
 
-def _as_float32(value: np.ndarray, label: str) -> np.ndarray:
+def _as_floats(value: np.ndarray, dtype: np.dtype | None, label: str) -> np.ndarray:
     if value.dtype.kind in "iubc":
         raise CheckpointError(f"{label} is {value.dtype}; floats expected")
-    wide = np.asarray(value, np.float32)
-    if np.isinf(wide).any():
+    floats = np.asarray(value, dtype)
+    if np.isinf(floats).any():
         raise CheckpointError(f"{label} holds infinities")
-    return wide
+    return floats

@@ -353,15 +353,16 @@ def _unpickle(path: Path, name: str, table: bytes) -> Any:
 
 
 def _flatten(path: Path, tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, _Tensor]]:
-    """Dotted names and tensors of a state dict, of a training checkpoint's `state_dict`, or of a module tree."""
+    """Dotted names and tensors of a state dict, of a training checkpoint's one, or of a module tree."""
     if depth > MAX_DEPTH:
         raise CheckpointError(f"{path}: {prefix[:80]}… is nested too deeply")
     is_module = isinstance(tree, _Inert)
     items = tree.attributes if is_module else tree
     if not isinstance(items, Mapping):
         raise CheckpointError(f"{path}: holds a {type(tree).__name__}; expected a state dict")
-    if not is_module and isinstance(items.get("state_dict"), Mapping):
-        items = items["state_dict"]
+    for name in () if is_module else ("state_dict", "model_state_dict"):
+        if isinstance(items.get(name), Mapping):
+            items = items[name]
     for key, value in items.items():
         if not isinstance(key, str):
             raise CheckpointError(f"{path}: {prefix}{str(key)[:80]} is no name of a tensor")

@@ -21,9 +21,9 @@ BERT_HEADS = r"(pooler|cls|classifier)\."
 
 def _scaled_conv(ours: str, theirs: str, first: int = 0) -> list[Row]:
     return [
-        Row(f"{ours}/kernel", f"{theirs}.weight", "p q c d -> d c p q", first=first),
-        Row(f"{ours}/gain", f"{theirs}.gain", "d -> d 1 1 1", first=first),
-        Row(f"{ours}/bias", f"{theirs}.bias", first=first),
+        Row(f"{ours}/kernel", f"{theirs}.weight", "p q c d -> d c p q", every=(first, 1)),
+        Row(f"{ours}/gain", f"{theirs}.gain", "d -> d 1 1 1", every=(first, 1)),
+        Row(f"{ours}/bias", f"{theirs}.bias", every=(first, 1)),
     ]
 
 
@@ -31,13 +31,13 @@ def _block(ours: str, theirs: str, first: int) -> list[Row]:
     convolutions = dict(
         shortcut_conv="downsample.conv", conv1="conv1", conv2="conv2", conv3="conv2b", conv4="conv3"
     )  # fmt: skip
-    rows = [Row(f"{ours}/skip_gain", f"{theirs}.skipinit_gain", first=first)]
+    rows = [Row(f"{ours}/skip_gain", f"{theirs}.skipinit_gain", every=(first, 1))]
     for name, their_name in convolutions.items():
         rows += _scaled_conv(f"{ours}/{name}", f"{theirs}.{their_name}", first)
     for name, their_name in (("squeeze", "fc1"), ("excite", "fc2")):
         key = f"{theirs}.attn_last.{their_name}"
-        rows.append(Row(f"{ours}/squeeze_excite/{name}/kernel", f"{key}.weight", "c d -> d c 1 1", first=first))
-        rows.append(Row(f"{ours}/squeeze_excite/{name}/bias", f"{key}.bias", first=first))
+        rows.append(Row(f"{ours}/squeeze_excite/{name}/kernel", f"{key}.weight", "c d -> d c 1 1", every=(first, 1)))
+        rows.append(Row(f"{ours}/squeeze_excite/{name}/bias", f"{key}.bias", every=(first, 1)))
     return rows
 
 

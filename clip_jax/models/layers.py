@@ -43,7 +43,7 @@ def ones(*names: str | None) -> Callable:
     return nn.with_logical_partitioning(nn.initializers.ones_init(), names)
 
 
-def layer_norm(name: str | None, dtype: Dtype, epsilon: float = 1e-5) -> nn.LayerNorm:
+def layer_norm(name: str | None, dtype: Dtype, epsilon: float = 1e-5, use_bias: bool = True) -> nn.LayerNorm:
     """LayerNorm with CLIP's epsilon (SigLIP's, and Flax's default, is 1e-6); statistics in float32 or wider.
 
     The two-pass variance costs little and does not cancel where the mean is large.
@@ -51,6 +51,7 @@ def layer_norm(name: str | None, dtype: Dtype, epsilon: float = 1e-5) -> nn.Laye
     return nn.LayerNorm(
         epsilon=epsilon,
         dtype=dtype,
+        use_bias=use_bias,
         use_fast_variance=False,
         scale_init=ones("residual"),
         bias_init=zeros("residual"),

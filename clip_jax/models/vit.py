@@ -56,11 +56,13 @@ class VisionTransformer(nn.Module):
     """Pixels [B, S, S, 3] → (pooled [B, E], tokens [B, N, D]).
 
     `pool="class"` is CLIP's: a class token, `ln_pre`, no bias in the patch embedding; pooled is the class token,
-    through `ln_post` and a projection. `pool="map"` is SigLIP's: a bias in the patch embedding; pooled is what an
-    `AttentionHead` makes of all tokens, through `ln_post`, without a projection (E = D).
+    through `ln_post` and a projection (none where `embed_dim` is 0: a tower by itself). `pool="map"` is SigLIP's:
+    a bias in the patch embedding; pooled is what an `AttentionHead` makes of all tokens, through `ln_post`, without
+    a projection (E = D).
 
     `tokens` are the last block's output before `ln_post`, the class token first (`num_prefix_tokens`);
-    this is what Flamingo's replicas look at. Pixels that do not fill a patch are cut off, right and below.
+    this is what Flamingo's replicas look at. With `norm_tokens` they are taken after `ln_post`.
+    Pixels that do not fill a patch are cut off, right and below.
     `patch_dropout` is the share of patches left out in training; it draws from the rng `dropout`.
     """
 
@@ -74,6 +76,7 @@ class VisionTransformer(nn.Module):
     mlp_width: int | None = None  # 4·width where none is given
     activation: str = "quick_gelu"
     norm_epsilon: float = 1e-5
+    norm_tokens: bool = False
     patch_dropout: float = 0.0
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -120,7 +123,11 @@ class VisionTransformer(nn.Module):
         )(x_BxNxD)  # fmt: skip
         ln_post = layer_norm("ln_post", self.dtype, self.norm_epsilon)
         if has_class:
-            projection_DxE = self.param("projection", normal(D**-0.5, "embed", "joint"), (D, self.embed_dim))
-            return ln_post(tokens_BxNxD[:, 0]) @ projection_DxE.astype(self.dtype), tokens_BxNxD
+            pooled = ln_post(tokens_BxNxD[:, 0])
+            if self.embed_dim:
+                projection_DxE = self.param("projection", normal(D**-0.5, "embed", "joint"), (D, self.embed_dim))
+                pooled = pooled @ projection_DxE.astype(self.dtype)
+            return pooled, ln_post(tokens_BxNxD) if self.norm_tokens else tokens_BxNxD
         head = AttentionHead(self.heads, mlp_width, self.activation, self.norm_epsilon, self.dtype, name="head")
-        return head(ln_post(tokens_BxNxD)), tokens_BxNxD
+        normed_BxNxD = ln_post(tokens_BxNxD)
+        return head(normed_BxNxD), normed_BxNxD if self.norm_tokens else tokens_BxNxD

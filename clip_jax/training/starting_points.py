@@ -14,8 +14,9 @@ from clip_jax.errors import ConfigError
 from clip_jax.models.variants import build_text, build_vision
 from clip_jax.training import checkpoint
 
-# Fields of a tower that may differ: they are no part of what it computes, or, by kind, no weight depends on them.
-COSTS = ("dtype", "remat", "patch_dropout", "drop_path")
+# Fields of a tower that may differ: they are no part of what it computes, say where Flamingo looks at it, or, by
+# kind, no weight depends on them.
+COSTS = ("dtype", "remat", "patch_dropout", "drop_path", "norm_tokens")
 FREE = {"nfnet": ("image_size",), "bert": ("context_length",)}
 
 

@@ -4,6 +4,7 @@ Format and keys: ggml's docs/gguf.md; names and the order of rotary pairs: llama
 LLaMA rotates the pairs (2i, 2i + 1) of a head; its rows are put back to where (i, i + K/2) is such a pair.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,23 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from clip_jax.errors import CheckpointError, ConfigError
-from flamingo_jax.interop.llama import PyTree, assemble
+from clip_jax.interop.mapping import Row, linear, merge_heads, norm, split_heads
+from flamingo_jax.interop.huggingface import PyTree, params_from
 
-QUERY, KEY = "blk.{}.attn_q.weight", "blk.{}.attn_k.weight"
-NAMES = {
-    "embedding": "token_embd.weight",
-    "blocks/attention_norm/scale": "blk.{}.attn_norm.weight",
-    "blocks/query/kernel": QUERY,
-    "blocks/key/kernel": KEY,
-    "blocks/value/kernel": "blk.{}.attn_v.weight",
-    "blocks/out/kernel": "blk.{}.attn_output.weight",
-    "blocks/mlp_norm/scale": "blk.{}.ffn_norm.weight",
-    "blocks/gate/kernel": "blk.{}.ffn_gate.weight",
-    "blocks/up/kernel": "blk.{}.ffn_up.weight",
-    "blocks/down/kernel": "blk.{}.ffn_down.weight",
-    "final_norm/scale": "output_norm.weight",
-    "head": "output.weight",
-}
+QUERY, KEY = "blk.*.attn_q", "blk.*.attn_k"
+HEAD = "output.weight"
+ROWS = (
+    Row("embedding", "token_embd.weight"),
+    *norm("blocks/attention_norm", "blk.*.attn_norm"),
+    *split_heads("blocks/query", QUERY),
+    *split_heads("blocks/key", KEY),
+    *split_heads("blocks/value", "blk.*.attn_v"),
+    *merge_heads("blocks/out", "blk.*.attn_output"),
+    *norm("blocks/mlp_norm", "blk.*.ffn_norm"),
+    *(row for name in ("gate", "up", "down") for row in linear(f"blocks/{name}", f"blk.*.ffn_{name}")),
+    *norm("final_norm", "output_norm"),
+    Row("head", HEAD),
+)
 CONTROL, USER_DEFINED = 3, 4  # token types
 # What GGUF calls the rule for splitting a text into words, before pairs are merged within each.
 PRE_TOKENIZERS = {
@@ -61,7 +62,7 @@ class GGUF:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def model_fields(self) -> dict[str, Any]:
-        """The fields of `LanguageModel`. Raises ConfigError for another architecture or what the model does not do."""
+        """The fields of `DecoderSpec`. Raises ConfigError for another architecture or what the model does not do."""
         if (architecture := self.metadata.get("general.architecture")) != "llama":
             raise ConfigError(f"{self.source}: general.architecture is {architecture!r}; expected 'llama'")
         width, heads = self._number("embedding_length", int), self._number("attention.head_count", int)
@@ -83,7 +84,7 @@ class GGUF:
             mlp_width=self._number("feed_forward_length", int),
             rope_theta=self._number("rope.freq_base", float, 10000.0),
             norm_eps=self._number("attention.layer_norm_rms_epsilon", float),
-            tied=NAMES["head"] not in self._tensors,
+            tied=HEAD not in self._tensors,
         )
 
     def params(self) -> PyTree:
@@ -94,7 +95,7 @@ class GGUF:
         """
         fields = self.model_fields()
         paired = {
-            name.format(i): heads
+            f"{name.replace('*', str(i))}.weight": heads
             for name, heads in ((QUERY, fields["heads"]), (KEY, fields["kv_heads"]))
             for i in range(fields["layers"])
         }
@@ -108,8 +109,7 @@ class GGUF:
                 raise CheckpointError(f"{self.source}: {name} is quantised as {kind}, which gguf can't read") from None
             return halves_apart(array, paired[name]) if name in paired else array
 
-        shapes = {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
-        return assemble(fields, NAMES, shapes, read, self.source)
+        return params_from(ROWS, fields, LazyTensors(list(self._tensors), read), self.source)[0]
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The byte-level BPE in the file. No start or end token is added to a text.
@@ -159,6 +159,27 @@ class GGUF:
             expected = "a positive integer" if kind is int else "a positive number"
             raise ConfigError(f"{self.source}: llama.{key} is {value!r}; expected {expected}")
         return value
+
+
+class LazyTensors(Mapping[str, np.ndarray]):
+    """Name → array, read when it is asked for."""
+
+    def __init__(self, names: Sequence[str], read: Callable[[str], np.ndarray]):
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own reads the array
+        return name in self._names
 
 
 def halves_apart(weight: np.ndarray, heads: int) -> np.ndarray:

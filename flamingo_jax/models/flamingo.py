@@ -1,5 +1,6 @@
 """Flamingo (arXiv 2204.14198 §2): a frozen vision tower and a frozen language model, joined by a resampler and by
-gated cross-attention before the language model's blocks 0, n, 2n, … Dimension letters: see `layers.py`.
+gated cross-attention before the language model's blocks 0, n, 2n, … OpenFlamingo and IDEFICS are the same model
+with other fields. Dimension letters: see `layers.py`.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.models.layers import Array, normal
-from flamingo_jax.models.gated_attention import GatedCrossAttention, KeyValue
+from flamingo_jax.models.gated_attention import GatedCrossAttention, GatedSpec, KeyValue
 from flamingo_jax.models.language_model import Cache, LanguageModel, causal_mask, positions, run_blocks
 from flamingo_jax.models.resampler import PerceiverResampler
 
@@ -21,6 +22,7 @@ class Flamingo(nn.Module):
     A batch holds `media` [B, T, F, S, S, 3] (T images or clips of F frames, normalised), `frame_mask` [B, T, F],
     `text` [B, L], `text_mask` [B, L] and `media_mask` [B, L, T]: which images a token attends. The model makes
     none of these masks itself. Ids from the language model's vocabulary size on are the extra tokens, trained.
+    Gated blocks stand before blocks f, f + n, f + 2n, … (f `first_block`, n `interval`).
     """
 
     vision: nn.Module
@@ -29,6 +31,9 @@ class Flamingo(nn.Module):
     interval: int
     heads: int
     head_size: int
+    gated_spec: GatedSpec = GatedSpec()
+    first_block: int = 0
+    class_token: bool = True  # whether the resampler looks at the tower's class token, where it has one
     extra_tokens: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
@@ -40,7 +45,7 @@ class Flamingo(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
-            length=-(-self.language_model.layers // self.interval),
+            length=-(-(self.language_model.layers - self.first_block) // self.interval),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(**self._gated_fields())
         self.extra_embedding_ExD = self.param(
@@ -54,8 +59,8 @@ class Flamingo(nn.Module):
             width=width,
             heads=self.heads,
             head_size=self.head_size,
-            mlp_width=4 * width,
             media_width=self.resampler.width,
+            spec=self.gated_spec,
             dtype=self.dtype,
         )
 
@@ -71,6 +76,8 @@ class Flamingo(nn.Module):
         """The images as tokens for the language model, R for each. [B, T·R, C]."""
         B, T, F, *image = media_BxTxFxSxSx3.shape
         _, tokens = self.vision(media_BxTxFxSxSx3.reshape(B * T * F, *image))
+        if not self.class_token:
+            tokens = tokens[:, self.vision.num_prefix_tokens :]
         features = tokens.reshape(B * T, F, *tokens.shape[1:])
         latents = self.resampler(features, frame_mask_BxTxF.reshape(B * T, F))
         return latents.reshape(B, T * latents.shape[1], latents.shape[2])
@@ -106,6 +113,7 @@ class Flamingo(nn.Module):
         `media` is what `see` returned, or what `keys_values` made of it.
         """
         seen = jnp.repeat(media_mask_BxLxT, self.resampler.latents, axis=2)
+        x_BxLxD = self.language_model.place(x_BxLxD, position_BxL, mask_BxLxS.shape[-1])
         if self.is_initializing():
             x, _ = self.gated(x_BxLxD, media_BxMxC, seen)
             x, kept = self.language_model.blocks(x, position_BxL, mask_BxLxS)
@@ -122,22 +130,25 @@ class Flamingo(nn.Module):
             return run_blocks(block, blocks, x, position_BxL, mask_BxLxS, kept, start)
 
         gated, blocks = self.variables["params"]["gated"], self.language_model.variables["params"]["blocks"]
-        whole = self.language_model.layers // n
+        f = self.first_block
+        whole = (self.language_model.layers - f) // n
+        end = f + whole * n
 
         def groups(tree: Any) -> Any:
-            return jax.tree.map(lambda x: x[: whole * n].reshape(whole, n, *x.shape[1:]), tree)
+            return jax.tree.map(lambda x: x[f:end].reshape(whole, n, *x.shape[1:]), tree)
 
-        def first(tree: Any) -> Any:
-            return jax.tree.map(lambda x: x[:whole], tree)
+        def cut(tree: Any, *where: int | None) -> Any:
+            return jax.tree.map(lambda x: x[slice(*where)], tree)
 
+        x, parts = x_BxLxD, []
+        if f:
+            x, kept = run_blocks(block, cut(blocks, f), x, position_BxL, mask_BxLxS, cut(cache, f), start)
+            parts.append(kept)
         step = jax.checkpoint(group) if self.remat else group
-        x, kept = jax.lax.scan(step, x_BxLxD, (first(gated), groups(blocks), first(made), groups(cache)))
-        kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
-        if self.language_model.layers % n:  # the last group is shorter
-            rest = (
-                jax.tree.map(lambda x: x[whole], (gated, made)),
-                jax.tree.map(lambda x: x[whole * n :], (blocks, cache)),
-            )
-            x, more = step(x, (rest[0][0], rest[1][0], rest[0][1], rest[1][1]))
-            kept = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), kept, more)
-        return x, kept
+        x, kept = jax.lax.scan(step, x, (cut(gated, whole), groups(blocks), cut(made, whole), groups(cache)))
+        parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept))
+        if end < self.language_model.layers:  # the last group is shorter
+            gate, key_value = jax.tree.map(lambda x: x[whole], (gated, made))
+            x, kept = step(x, (gate, cut(blocks, end, None), key_value, cut(cache, end, None)))
+            parts.append(kept)
+        return x, parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)

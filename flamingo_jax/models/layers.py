@@ -5,13 +5,22 @@ G heads that share one of them (H = J·G), K head size, M feed-forward width, V 
 T images, F frames, N image tokens, R latents, C width of image features.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.layers import Array, normal, ones
+from clip_jax.models import layers as clip_layers
+from clip_jax.models.layers import Array, normal, ones, zeros
+
+# Between the two maps of a feed-forward; beside these there is "swiglu" (arXiv 2002.05202), whose third map gates.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    **clip_layers.ACTIVATIONS,
+    "relu": nn.relu,
+    "squared_relu": lambda x: jnp.square(nn.relu(x)),  # arXiv 2109.08668
+}
 
 
 class RMSNorm(nn.Module):
@@ -28,29 +37,55 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """A linear map without bias, spelled as an einsum with a kernel of `shape` and logical `axes`."""
+    """A linear map, spelled as an einsum with a kernel of `shape` and logical `axes`.
+
+    The bias, if any, has the kernel's last `bias_rank` dimensions.
+    """
 
     spec: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     std: float
     dtype: Any = jnp.float32
+    bias_rank: int = 0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", normal(self.std, *self.axes), self.shape)
-        return jnp.einsum(self.spec, x.astype(self.dtype), kernel.astype(self.dtype))
+        y = jnp.einsum(self.spec, x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.bias_rank:
+            return y
+        axes = ("residual",) if self.axes[-1] == "embed" else self.axes[-self.bias_rank :]
+        return y + self.param("bias", zeros(*axes), self.shape[-self.bias_rank :]).astype(self.dtype)
 
 
-class SquaredReluMLP(nn.Module):
-    """D → M → D, relu(x)² between."""
+def feed_forward(
+    x_BxLxD: Array, mlp_width: int, activation: str, out_std: float, dtype: Any, biases: bool = False
+) -> Array:
+    """D → M → D by maps `up`, `down` and, for "swiglu", `gate`, which belong to the module that calls this."""
+    D, M = x_BxLxD.shape[-1], mlp_width
+
+    def linear(name: str, spec: str, shape: tuple[int, int], axes: tuple[str, str], std: float) -> Projection:
+        return Projection(spec, shape, axes, std, dtype, int(biases), name=name)
+
+    if activation == "swiglu":
+        gate = linear("gate", "BLD,DM->BLM", (D, M), ("embed", "mlp"), D**-0.5)(x_BxLxD)
+        up = linear("up", "BLD,DM->BLM", (D, M), ("embed", "mlp"), D**-0.5)(x_BxLxD)
+        hidden = jax.nn.silu(gate) * up
+    else:
+        up = linear("up", "BLD,DM->BLM", (D, M), ("embed", "mlp"), D**-0.5)(x_BxLxD)
+        hidden = ACTIVATIONS[activation](up)
+    hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+    return linear("down", "BLM,MD->BLD", (M, D), ("mlp", "embed"), out_std)(hidden)
+
+
+class FeedForward(nn.Module):
+    """`feed_forward` as a module of its own."""
 
     mlp_width: int
+    activation: str = "squared_relu"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BxLxD: Array) -> Array:
-        D, M = x_BxLxD.shape[-1], self.mlp_width
-        h = Projection("BLD,DM->BLM", (D, M), ("embed", "mlp"), D**-0.5, self.dtype, name="up")(x_BxLxD)
-        h = nn.with_logical_constraint(jnp.square(nn.relu(h)), ("batch", "length", "mlp"))
-        return Projection("BLM,MD->BLD", (M, D), ("mlp", "embed"), M**-0.5, self.dtype, name="down")(h)
+        return feed_forward(x_BxLxD, self.mlp_width, self.activation, self.mlp_width**-0.5, self.dtype)

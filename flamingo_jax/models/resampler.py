@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from clip_jax.errors import ConfigError
 from clip_jax.models.layers import Array, attention, layer_norm, normal
-from flamingo_jax.models.layers import Projection, SquaredReluMLP
+from flamingo_jax.models.layers import FeedForward, Projection
 
 
 class ResamplerBlock(nn.Module):
@@ -17,6 +17,8 @@ class ResamplerBlock(nn.Module):
     heads: int
     head_size: int
     mlp_width: int
+    activation: str
+    qk_norm: bool
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -32,12 +34,15 @@ class ResamplerBlock(nn.Module):
                 "BLD,DHK->BLHK", (D, H, K), ("embed", "heads", "head_size"), D**-0.5, self.dtype, name=name
             )
 
-        y = attention(split("query")(latents), split("key")(context), split("value")(context), seen[:, None, None])
+        query, key = split("query")(latents), split("key")(context)
+        if self.qk_norm:
+            query, key = layer_norm("query_norm", self.dtype)(query), layer_norm("key_norm", self.dtype)(key)
+        y = attention(query, key, split("value")(context), seen[:, None, None])
         out_axes = ("heads", "head_size", "embed")
         y = Projection("BLHK,HKD->BLD", (H, K, D), out_axes, (H * K) ** -0.5, self.dtype, name="out")(y)
         latents_BxRxD = latents_BxRxD + y
         y = layer_norm("mlp_norm", self.dtype)(latents_BxRxD)
-        return latents_BxRxD + SquaredReluMLP(self.mlp_width, self.dtype, name="mlp")(y), None
+        return latents_BxRxD + FeedForward(self.mlp_width, self.activation, self.dtype, name="mlp")(y), None
 
 
 class PerceiverResampler(nn.Module):
@@ -45,6 +50,7 @@ class PerceiverResampler(nn.Module):
 
     A learned embedding tells the frames apart; for more frames than were trained it is interpolated linearly.
     There is no encoding of the place within a frame. `frame_mask` [B, F]: False for padding.
+    The replicas have no embedding of time; IDEFICS normalises every head's queries and keys.
     """
 
     width: int
@@ -53,6 +59,9 @@ class PerceiverResampler(nn.Module):
     head_size: int
     latents: int = 64
     frames: int = 8
+    time_embedding: bool = True
+    activation: str = "squared_relu"
+    qk_norm: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -62,8 +71,9 @@ class PerceiverResampler(nn.Module):
         x = features_BxFxNxC.astype(self.dtype)
         if C != D:
             x = Projection("BFNC,CD->BFND", (C, D), ("features", "embed"), C**-0.5, self.dtype, name="project")(x)
-        time_FxD = self.param("time_embedding", normal(0.02, None, "embed"), (self.frames, D))
-        x = x + interpolate_time(time_FxD, F).astype(self.dtype)[:, None]
+        if self.time_embedding:
+            time_FxD = self.param("time_embedding", normal(0.02, None, "embed"), (self.frames, D))
+            x = x + interpolate_time(time_FxD, F).astype(self.dtype)[:, None]
         latents_RxD = self.param("latents", normal(0.02, None, "embed"), (self.latents, D))
         latents = jnp.broadcast_to(latents_RxD.astype(self.dtype), (B, self.latents, D))
         blocks = nn.scan(
@@ -73,7 +83,7 @@ class PerceiverResampler(nn.Module):
             in_axes=nn.broadcast,
             length=self.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.heads, self.head_size, 4 * D, self.dtype, name="blocks")
+        )(self.heads, self.head_size, 4 * D, self.activation, self.qk_norm, self.dtype, name="blocks")
         seen_BxS = jnp.repeat(frame_mask_BxF, N, axis=1)
         latents, _ = blocks(latents, x.reshape(B, F * N, D), seen_BxS)
         return layer_norm("final_norm", self.dtype)(latents)

@@ -21,7 +21,7 @@ from clip_jax.training.state import merge
 from flamingo_jax.data.documents import Shape
 from flamingo_jax.data.emoji import EmojiDocuments
 from flamingo_jax.data.tokenizer import open_tokenizer
-from flamingo_jax.models.variants import build_flamingo
+from flamingo_jax.models.variants import build_flamingo, language_model_fields, resampler_fields
 from flamingo_jax.training.language_model_task import check_vocabulary
 
 PyTree = Any
@@ -103,21 +103,24 @@ class FlamingoTask:
                 family = found[name].get("family", "foreign")
                 raise ConfigError(f"init.{name}={self.config.init[name]}: a {family} checkpoint, without a {what}")
         check_vision(self.config)
-        compare("init.language_model", lm["language_model"], model.language_model.to_dict(), ("embedding_std",))
+        # A checkpoint may be older than a field, or name only what its source says.
+        fields = language_model_fields(lm["language_model"])
+        compare("init.language_model", fields, model.language_model.to_dict(), ("embedding_std",))
         digests = {"tokenizer.sha256": self.tokenizer.digest()}
         compare("init.language_model", {"tokenizer.sha256": lm["tokenizer"]["sha256"]}, digests)
         if flamingo:
-            compare("init.resampler", flamingo["resampler"], model.resampler.to_dict())
-            compare("init.resampler", flamingo["vision"], model.vision.to_dict(), COSTS)
+            compare("init.resampler", resampler_fields(flamingo["resampler"]), model.resampler.to_dict())
+            theirs, ours = ({"norm_tokens": False, **eye} for eye in (flamingo["vision"], model.vision.to_dict()))
+            compare("init.resampler", theirs, ours, tuple(key for key in COSTS if key != "norm_tokens"))
         return init
 
     def loss(
         self, trainable: PyTree, frozen: PyTree, state: PyTree, batch: Mapping[str, jax.Array], rng: jax.Array
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
         losses, mask = self.token_losses({"params": merge(trainable, frozen), **state}, batch)
-        gates = trainable["gated"]
-        mean_gate = jnp.abs(jnp.tanh(jnp.concatenate([gates["attention_gate"], gates["mlp_gate"]]))).mean()
-        return (losses * mask).sum() / jnp.maximum(mask.sum(), 1), ({"gate": mean_gate}, state)
+        gates = [trainable["gated"][name] for name in ("attention_gate", "mlp_gate") if name in trainable["gated"]]
+        metrics = {"gate": jnp.abs(jnp.tanh(jnp.concatenate(gates))).mean()} if gates else {}
+        return (losses * mask).sum() / jnp.maximum(mask.sum(), 1), (metrics, state)
 
     def token_losses(self, variables: PyTree, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """(losses, mask of those that count), [B, L - 1] each."""
