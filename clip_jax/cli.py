@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.errors import ConfigError, DataError, UserError
+from clip_jax.files import read_lines
 from clip_jax.interop.commands import add_commands
 
 
@@ -69,9 +70,7 @@ def parser() -> argparse.ArgumentParser:
     classify.add_argument(
         "--labels", required=True, help="names with commas between, a text file of one a line, or `imagenet`"
     )
-    classify.add_argument(
-        "--templates", default="{}", help="imagenet_80, imagenet_7, a text with {} or a file of one a line"
-    )
+    classify.add_argument("--templates", default="{}", help="openai80, openai7, a text with {} or a file of one a line")
 
     search = command("search", search_command, "Searches a file of embeddings by texts and images; compares every row.")
     search.add_argument("embeddings", type=Path, help="what `embed` wrote, with the same model")
@@ -103,19 +102,6 @@ def embedder_of(arguments: argparse.Namespace) -> Any:
     from clip_jax.loading import load
 
     return Embedder(load(arguments.model), arguments.batch_size, arguments.threads)
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank. Raises DataError where it is missing, empty or no UTF-8."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from None
-    if not lines:
-        raise DataError(f"{path}: empty; expected one text a line")
-    return lines
 
 
 def embed_command(arguments: argparse.Namespace) -> None:

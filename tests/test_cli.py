@@ -279,7 +279,7 @@ def empty_tar() -> bytes:
         (["search", "MODEL", "DIR/other.safetensors", "--text", "x"], "other.safetensors: not a file of embeddings"),
         (["search", "MODEL", "EMBEDDED"], "nothing to search by: give --text TEXT or --image IMAGE"),
         (["classify", "MODEL", "PICTURES", "--labels", ","], "--labels: at least one expected"),
-        (["classify", "MODEL", "PICTURES", "--labels", "a", "--templates", "b"], "templates 'b': expected imagenet_80"),
+        (["classify", "MODEL", "PICTURES", "--labels", "a", "--templates", "b"], "templates 'b': expected openai80"),
         (["classify", "MODEL", "PICTURES/broken.jpg", "--labels", "a"], "not one of 1 images could be read"),
         (["rerank", "MODEL", "PICTURES", "--text", "\udce9"], "text 0: not valid UTF-8"),
     ],
