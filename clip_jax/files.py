@@ -29,6 +29,21 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def is_file(text: str | Path) -> bool:
+    """Whether a text, which may be anything, is the name of a file."""
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than a name may be
+        return False
+
+
+def is_folder(text: str | Path) -> bool:
+    try:
+        return Path(text).is_dir()
+    except OSError:
+        return False
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises DataError where it is missing, empty or no UTF-8."""
     try:

@@ -137,6 +137,10 @@ def _load_checkpoint(path: Path, mesh: Mesh | None) -> Loaded:
     variables = {"params": checkpoint.load(path, "params", params)}
     if (path / "state").is_dir():
         variables |= checkpoint.load(path, "state", state)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        if not all(np.isfinite(shard.data).all() for shard in leaf.addressable_shards if shard.replica_id == 0):
+            name = "/".join(str(key.key) for key in keys)
+            raise CheckpointError(f"{path}: {name} holds values that are no finite numbers")
     fields = model["preprocess"]
     known = ("image_size", "mean", "std", "interpolation", "resize_mode")
     return Loaded(

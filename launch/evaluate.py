@@ -31,7 +31,7 @@ from clip_jax.data.sources import PairSource, open_source
 from clip_jax.errors import ConfigError
 from clip_jax.evaluation import benchmark, prompts
 from clip_jax.evaluation.pairs import Evaluation
-from clip_jax.files import read_lines, write_atomically
+from clip_jax.files import is_folder, read_lines, write_atomically
 from clip_jax.loading import load
 from clip_jax.training import checkpoint
 from flamingo_jax.evaluation import few_shot
@@ -89,7 +89,7 @@ def evaluate_data() -> None:
 
 
 def open_data(spec: str) -> PairSource:
-    return open_source(f"folder:{spec}" if Path(spec).is_dir() else spec, DATA_DIR.value)
+    return open_source(f"folder:{spec}" if is_folder(spec) else spec, DATA_DIR.value)
 
 
 def class_names(where: str) -> list[str]:

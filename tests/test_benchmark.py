@@ -227,12 +227,12 @@ def test_tfds_by_name_with_class_labels_and_several_captions(tmp_path: Path) -> 
     several = tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})
     captions = [{"id": i, "text": text} for i, text in enumerate(("one", "two"))]
     coco = {"image": tfds.features.Image(), "captions": several}
-    write_tfds({"val": [{"image": data, "captions": captions}]}, tmp_path / "coco" / "1.0.0", "coco", coco, "")
+    write_tfds({"val": [{"image": data, "captions": captions}]}, tmp_path / "several" / "1.0.0", "several", coco, "")
 
     source = open_source("tfds:animals/test", tmp_path)
     assert isinstance(source, TfdsSource) and source.classes == ["cat", "dog", "cow"]
     assert [source[i].text for i in range(2)] == ["dog", "cat"]
-    assert open_source("tfds:coco/val", tmp_path)[0].captions == ("one", "two")
+    assert open_source("tfds:several/val", tmp_path)[0].captions == ("one", "two")
     for spec, message in [
         ("tfds:nothing/test", "tfds:nothing/test: Could not find"),
         ("tfds:animals/train", "no split 'train'; expected one of test"),

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from clip_jax.data.sources import IMAGE_SUFFIXES, SOURCES, PairSource, open_source
 from clip_jax.errors import DataError, RecordError
+from clip_jax.files import is_file, is_folder
 
 
 class Images(Protocol):
@@ -78,9 +79,9 @@ def open_images(spec: str) -> Images:
     kind, _, where = spec.partition(":")
     path = Path(spec)
     images: Images
-    if path.is_dir():
+    if is_folder(path):
         images = Files(sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()))
-    elif path.is_file():
+    elif is_file(path):
         images = Tar(path) if path.suffix == ".tar" else Files([path])
     elif where and kind in SOURCES:
         images = Records(open_source(spec))

@@ -7,7 +7,7 @@ from typing import Any
 
 from clip_jax.data.sources import ASSETS
 from clip_jax.errors import ConfigError
-from clip_jax.files import read_lines
+from clip_jax.files import is_file, read_lines
 
 
 def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
@@ -24,7 +24,7 @@ def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
         named = _read("templates")
         if templates in named:
             return tuple(named[templates])
-        if Path(templates).is_file():
+        if is_file(templates):
             templates = read_lines(Path(templates))
         elif "{" not in templates:
             raise ConfigError(
