@@ -194,7 +194,9 @@ def test_a_fifth_of_each_class_is_held_out() -> None:
     assert np.array_equal(held, benchmark.held_out(labels))
 
 
-def test_what_a_task_lacks_is_said_in_one_line(workdir: Path, folders: Path) -> None:
+def test_what_a_task_lacks_is_said_in_one_line(workdir: Path, folders: Path, tmp_path: Path) -> None:
+    picture("red", 0).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("\n")
     classes, captions = Folder(folders / "classes"), Folder(folders / "captions")
     cases: list[tuple[PairSource, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
         (classes, ("classify",), {}, ConfigError, "task 'classify': expected one of zero_shot, retrieval, linear"),
@@ -203,6 +205,7 @@ def test_what_a_task_lacks_is_said_in_one_line(workdir: Path, folders: Path) -> 
         (classes, ("retrieval",), {}, DataError, "retrieval needs captions"),
         (classes, (), {"class_names": ["a"]}, ConfigError, "1 class names; the source has 6 classes"),
         (captions, ("zero_shot",), {}, DataError, "classes expected, one for an image; there are several captions"),
+        (Folder(tmp_path), (), {}, DataError, "not one of 1 records has both an image and a text"),
     ]  # fmt: skip
     for source, tasks, options, error, message in cases:
         with pytest.raises(error, match=message):

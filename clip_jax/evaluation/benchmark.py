@@ -71,6 +71,8 @@ def evaluate(
     if set(tasks) & {"zero_shot", "retrieval"}:
         rows, good = embed.images(source)
         kept = [i for i in np.flatnonzero(good) if captions[i]]
+        if not kept:
+            raise DataError(f"not one of {len(source)} records has both an image and a text; see the warnings above")
         results |= {"images": len(kept), "rejected": len(source) - len(kept)}
         image = rows[kept]
         texts = [captions[i] for i in kept]
