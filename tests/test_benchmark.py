@@ -20,7 +20,7 @@ from test_training import environment
 
 from clip_jax import sharding
 from clip_jax.data.preprocess import Preprocess
-from clip_jax.data.sources import ASSETS, Folder, PairSource, TfdsSource, open_source
+from clip_jax.data.sources import ASSETS, Folder, Pair, PairSource, TfdsSource, open_source
 from clip_jax.data.tokenizer import openai_tokenizer
 from clip_jax.data.writing import write_tfds
 from clip_jax.errors import ConfigError, DataError
@@ -194,9 +194,8 @@ def test_a_fifth_of_each_class_is_held_out() -> None:
     assert np.array_equal(held, benchmark.held_out(labels))
 
 
-def test_what_a_task_lacks_is_said_in_one_line(workdir: Path, folders: Path, tmp_path: Path) -> None:
-    picture("red", 0).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("\n")
+def test_what_a_task_lacks_is_said_in_one_line(workdir: Path, folders: Path) -> None:
+    nameless = [Pair("a", (folders / "classes" / "coal" / "0.png").read_bytes(), " ")]
     classes, captions = Folder(folders / "classes"), Folder(folders / "captions")
     cases: list[tuple[PairSource, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
         (classes, ("classify",), {}, ConfigError, "task 'classify': expected one of zero_shot, retrieval, linear"),
@@ -205,7 +204,7 @@ def test_what_a_task_lacks_is_said_in_one_line(workdir: Path, folders: Path, tmp
         (classes, ("retrieval",), {}, DataError, "retrieval needs captions"),
         (classes, (), {"class_names": ["a"]}, ConfigError, "1 class names; the source has 6 classes"),
         (captions, ("zero_shot",), {}, DataError, "classes expected, one for an image; there are several captions"),
-        (Folder(tmp_path), (), {}, DataError, "not one of 1 records has both an image and a text"),
+        (nameless, (), {}, DataError, "not one of 1 records has both an image and a text"),
     ]  # fmt: skip
     for source, tasks, options, error, message in cases:
         with pytest.raises(error, match=message):
