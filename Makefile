@@ -35,9 +35,9 @@ lock: $(VENV)/.installed-dev
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	    --no-emit-index-url --no-annotate --extra dev -c requirements.lock pyproject.toml -o requirements-dev.lock
 
-$(VENV)/bin/python:
+$(VENV)/bin/python $(PEERS_VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer was not found; name one: make PYTHON=/path/to/python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/.installed: requirements.lock | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
@@ -47,10 +47,9 @@ $(VENV)/.installed-dev: requirements-dev.lock | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	touch $@
 
-# PyTorch first: a resolver left to choose takes its largest build.
-$(PEERS_VENV)/.installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer was not found; name one: make PYTHON=/path/to/python3.12"; exit 1; }
-	$(PYTHON) -m venv $(PEERS_VENV)
+# PyTorch first: a resolver left to choose takes its largest build. After a change of pyproject.toml pip only adds
+# what is not there yet.
+$(PEERS_VENV)/.installed: pyproject.toml | $(PEERS_VENV)/bin/python
 	$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[peers]"
 	touch $@

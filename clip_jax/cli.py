@@ -10,6 +10,7 @@ clip-jax export runs/quickstart/clip exported --format open_clip
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.errors import ConfigError, DataError, UserError
+from clip_jax.files import is_file, read_lines
 from clip_jax.interop.commands import add_commands
 
 
@@ -27,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("absl", "jax", "orbax", "etils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # names of files may be no valid Unicode
     try:
         arguments.run(arguments)
     except UserError as error:
@@ -50,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default: 64")
         one.add_argument("--threads", type=positive, default=4, metavar="N", help="that decode images; default: 4")
         one.add_argument(
-            "--long-texts", choices=("truncate", "error", "windows"), default="truncate",
+            "--long-texts", choices=("truncate", "refuse", "average"), default="truncate",
             help="what to do with a text beyond the model's length: cut it (default), refuse it, average its windows",
         )  # fmt: skip
         return one
@@ -69,9 +74,7 @@ def parser() -> argparse.ArgumentParser:
     classify.add_argument(
         "--labels", required=True, help="names with commas between, a text file of one a line, or `imagenet`"
     )
-    classify.add_argument(
-        "--templates", default="{}", help="imagenet_80, imagenet_7, a text with {} or a file of one a line"
-    )
+    classify.add_argument("--templates", default="{}", help="openai80, openai7, a text with {} or a file of one a line")
 
     search = command("search", search_command, "Searches a file of embeddings by texts and images; compares every row.")
     search.add_argument("embeddings", type=Path, help="what `embed` wrote, with the same model")
@@ -105,19 +108,6 @@ def embedder_of(arguments: argparse.Namespace) -> Any:
     return Embedder(load(arguments.model), arguments.batch_size, arguments.threads)
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank. Raises DataError where it is missing, empty or no UTF-8."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from None
-    if not lines:
-        raise DataError(f"{path}: empty; expected one text a line")
-    return lines
-
-
 def embed_command(arguments: argparse.Namespace) -> None:
     from clip_jax.data.images import open_images
     from clip_jax.embedding import Texts, embed_to_file
@@ -130,8 +120,7 @@ def embed_command(arguments: argparse.Namespace) -> None:
     )
     size = arguments.output.stat().st_size / 1e6
     print(f"wrote {arguments.output}: {len(source) - len(rejected)} embeddings ({size:.1f} MB)")
-    if cut := embedder.loaded.tokenizer.truncated:
-        print(f"{cut} texts were too long and cut; see --long-texts")
+    report_cut(embedder)
     if rejected:
         print(f"{len(rejected)} images left out, listed in {arguments.output}.rejected.txt; the first: {rejected[0]}")
 
@@ -142,7 +131,7 @@ def classify_command(arguments: argparse.Namespace) -> None:
 
     if arguments.labels == "imagenet":
         labels = prompts.imagenet_classes()
-    elif Path(arguments.labels).is_file():
+    elif is_file(arguments.labels):
         labels = read_lines(Path(arguments.labels))
     else:
         labels = [name.strip() for name in arguments.labels.split(",") if name.strip()]
@@ -157,6 +146,7 @@ def classify_command(arguments: argparse.Namespace) -> None:
     embeddings, rows, rejected = embedder.images(images)
     report_rejected(rejected, len(images))
     classes = zero_shot.class_embeddings(encode, labels, templates)
+    report_cut(embedder)
     top, probabilities = zero_shot.top_probabilities(embeddings, classes, embedder.logit_scale(), arguments.top)
     results = [
         {
@@ -188,6 +178,7 @@ def search_command(arguments: argparse.Namespace) -> None:
     queries, embeddings = list(arguments.text), []
     if queries:
         embeddings.append(embedder.texts(queries, arguments.long_texts))
+        report_cut(embedder)
     for spec in arguments.image:
         asked = open_images(spec)
         rows, keys, rejected = embedder.images(asked)
@@ -211,12 +202,18 @@ def rerank_command(arguments: argparse.Namespace) -> None:
     images = open_images(arguments.source)
     embedder = embedder_of(arguments)
     (query,) = embedder.texts([arguments.text], arguments.long_texts)
+    report_cut(embedder)
     embeddings, rows, rejected = embedder.images(images)
     report_rejected(rejected, len(images))
     scores = embeddings @ query
     order = np.argsort(-scores, kind="stable")[: arguments.top]
     keys, indices = [rows[i][0] for i in order], [rows[i][1] for i in order]
     print_found([Found(arguments.text, keys, indices, [round(float(scores[i]), 4) for i in order])], arguments.json)
+
+
+def report_cut(embedder: Any) -> None:
+    if cut := embedder.loaded.tokenizer.truncated:
+        logging.warning("%d texts were too long and cut; see --long-texts", cut)
 
 
 def report_rejected(rejected: Sequence[str], count: int) -> None:

@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from clip_jax import sharding
 from clip_jax.data.images import Images
-from clip_jax.errors import ConfigError, DataError, RecordError
+from clip_jax.errors import ConfigError, DataError, RecordError, UserError
 from clip_jax.files import replacing, write_atomically
 from clip_jax.loading import Loaded
 
 FORMATS = (".safetensors", ".parquet")
-LONG_TEXTS = ("truncate", "error", "windows")
+LONG_TEXTS = ("truncate", "refuse", "average")
 
 
 class Embedder:
@@ -91,16 +91,22 @@ class Embedder:
         return np.concatenate(embeddings) if embeddings else np.zeros((0, 0), np.float32), rows, rejected
 
     def texts(self, texts: Sequence[str], long_texts: str = "truncate") -> np.ndarray:
-        """[N, E] float32. `long_texts`: cut them, refuse them, or average over their windows."""
+        """[N, E] float32. `long_texts`: cut them (the tokenizer counts them), refuse them, or average their windows.
+
+        Raises RecordError for a text that is empty, huge, no valid Unicode or, where it is refused, too long.
+        """
         if long_texts not in LONG_TEXTS:
             raise ConfigError(f"long texts {long_texts!r}: expected one of {', '.join(LONG_TEXTS)}")
+        for i, text in enumerate(texts):
+            if not text.strip():
+                raise RecordError(f"text {i}: empty")
         tokenizer = self.loaded.tokenizer
-        if long_texts == "windows":
+        if long_texts == "average":
             windows = tokenizer.windows(texts)
             every = self._batches(self._text, np.concatenate(windows))
             ends = np.cumsum([len(w) for w in windows])[:-1]
             return _unit(np.stack([part.mean(axis=0) for part in np.split(every, ends)]))
-        return self._batches(self._text, tokenizer(texts, overflow="error" if long_texts == "error" else "truncate"))
+        return self._batches(self._text, tokenizer(texts, overflow="error" if long_texts == "refuse" else "truncate"))
 
     def _batches(self, encode: Any, rows: np.ndarray) -> np.ndarray:
         starts = range(0, len(rows), self.batch_size)
@@ -167,6 +173,18 @@ def embed_to_file(
     output.parent.mkdir(parents=True, exist_ok=True)
     parts = output.with_name(output.name + ".parts")
     _begin(parts, plan, output)
+    try:
+        _embed_parts(embedder, source, parts, plan)
+        rejected = _join(sorted(parts.glob("*.safetensors")), output, plan)
+    except UserError:  # it would end here again; a run that was stopped goes on with its parts
+        shutil.rmtree(parts)
+        raise
+    shutil.rmtree(parts)
+    return rejected
+
+
+def _embed_parts(embedder: Embedder, source: Images | Texts, parts: Path, plan: dict[str, str]) -> None:
+    rows_in_part = int(plan["rows_in_part"])
     starts = range(0, len(source), rows_in_part)
     with tqdm(total=len(source), desc="embed", unit=f"{plan['kind']}s", dynamic_ncols=True, smoothing=0.1) as bar:
         for start in starts:
@@ -179,18 +197,15 @@ def embed_to_file(
             if isinstance(source, Texts):
                 some = list(source.texts[start : start + count])
                 try:
-                    embeddings, rejected = embedder.texts(some, long_texts), list[str]()
+                    embeddings, rejected = embedder.texts(some, plan["long_texts"]), list[str]()
                 except RecordError as error:
-                    raise RecordError(f"{spec}, counted from item {start}: {error}") from None
+                    raise RecordError(f"{plan['source']}, counted from item {start}: {error}") from None
                 rows = [(text, start + i) for i, text in enumerate(some)]
                 bar.update(count)
             else:
                 embeddings, rows, rejected = embedder.images(source, range(start, start + count), bar.update)
             with replacing(path) as temporary:
                 save_file(_tensors(embeddings, rows), temporary, {"rejected": json.dumps(rejected)})
-    rejected = _join(sorted(parts.glob("*.safetensors")), output, plan)
-    shutil.rmtree(parts)
-    return rejected
 
 
 def _begin(parts: Path, plan: dict[str, str], output: Path) -> None:
@@ -243,7 +258,8 @@ def _join(parts: Sequence[Path], output: Path, plan: dict[str, str]) -> list[str
                 done += len(part)
             save_file(_tensors(embeddings, list(zip(keys, indices.tolist(), strict=True))), temporary, metadata)
     if rejected:
-        write_atomically(output.with_name(output.name + ".rejected.txt"), "\n".join(rejected) + "\n")
+        lines = "".join(line.encode("utf-8", "replace").decode() + "\n" for line in rejected)  # names of files
+        write_atomically(output.with_name(output.name + ".rejected.txt"), lines)
     return rejected
 
 
@@ -267,9 +283,15 @@ class EmbeddingFile:
         self.indices, self._ends = tensors["indices"], tensors["key_ends"]
         self._keys = tensors["keys"].tobytes()
         shape = self._rows.shape if isinstance(self._rows, np.ndarray) else self._rows.get_shape()
+        if len(shape) != 2 or not self.indices.shape == self._ends.shape == (shape[0],):
+            raise DataError(
+                f"{path}: embeddings {list(shape)}, keys {list(self._ends.shape)}, indices {list(self.indices.shape)}; "
+                "expected [N, E], [N] and [N]"
+            )
+        ends = [0, *self._ends.tolist()]
+        if self._ends.dtype.kind != "i" or ends != sorted(ends) or ends[-1] != len(self._keys):
+            raise DataError(f"{path}: the ends of its keys are none of its {len(self._keys)} bytes")
         self.width = int(shape[1])
-        if shape[0] != len(self.indices) or len(self._ends) != len(self.indices):
-            raise DataError(f"{path}: {shape[0]} embeddings, {len(self._ends)} keys; expected as many")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -279,8 +301,12 @@ class EmbeddingFile:
         return self._keys[start : int(self._ends[row])].decode("utf-8", "surrogateescape")
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """[stop - start, E] float32."""
-        return np.asarray(self._rows[start:stop], np.float32)
+        """[stop - start, E] float32. Raises DataError for values that are no finite numbers."""
+        rows = np.asarray(self._rows[start:stop], np.float32)
+        if not np.isfinite(rows).all():
+            bad = start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+            raise DataError(f"{self.path}: embedding {bad} ({self.key(bad)}) holds values that are no finite numbers")
+        return rows
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(self), size):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and packages that are the pinned ones or none."""
+"""Files that are written whole or not at all, lists of texts, and packages that are the pinned ones or none."""
 
 import hashlib
 import os
@@ -27,6 +27,34 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes beside the file and renames: a reader, or a restart after a kill, never sees a part."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def is_file(text: str | Path) -> bool:
+    """Whether a text, which may be anything, is the name of a file."""
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than a name may be
+        return False
+
+
+def is_folder(text: str | Path) -> bool:
+    try:
+        return Path(text).is_dir()
+    except OSError:
+        return False
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises DataError where it is missing, empty or no UTF-8."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from None
+    if not lines:
+        raise DataError(f"{path}: empty; expected one text a line")
+    return lines
 
 
 def check_digest(path: Path, package: str, sha256: str) -> None:

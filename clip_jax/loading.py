@@ -1,5 +1,6 @@
 """A trained model by its name: towers, parameters, preprocessing and tokenizer as one value."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
+from clip_jax import sharding
 from clip_jax.data.preprocess import Preprocess
 from clip_jax.data.tokenizer import Tokenizer, load_tokenizer
 from clip_jax.errors import CheckpointError, ConfigError
@@ -53,12 +57,15 @@ def load(
     preprocess: str | Mapping[str, Any] | None = None,
     tokenizer: str | None = None,
     allow: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> Loaded:
     """A model, ready to embed images and texts.
 
     Args:
       spec: a checkpoint or a run's workdir (then its newest checkpoint); or published weights: `hf:DIR` (Hugging
         Face's CLIP and SigLIP), `openai:FILE`, `open_clip:FILE,CONFIG.json` or `open_clip:DIR`.
+      mesh: over which parameters are sharded, by the default rules, on every process alike; by default they are
+        on the first device.
 
     The others are for published weights:
       image_size: another resolution than theirs; the position embedding is resized.
@@ -77,19 +84,40 @@ def load(
             raise ConfigError(f"{spec}: {_ONE_TOWER.format(*model.towers)}")
         where = published.find_tokenizer(model, Path(spec.partition(":")[2].partition(",")[0]), tokenizer)
         opened = published.open_tokenizer(where, model)
+        towers = build_two_tower(model.config)
         return Loaded(
-            model=build_two_tower(model.config),
-            params=jax.tree.map(jnp.asarray, model.variables),
+            model=towers,
+            params=_placed(towers, model.variables, mesh),
             preprocess=Preprocess(**model.preprocess),
             tokenizer=opened,
             metadata=published.metadata(model, opened, where),
         )
     if image_size or preprocess or tokenizer or allow:
         raise ConfigError(f"{spec}: image_size, preprocess, tokenizer and allow are for published weights only")
-    return _load_checkpoint(checkpoint.latest(Path(spec)))
+    return _load_checkpoint(checkpoint.latest(Path(spec)), mesh)
 
 
-def _load_checkpoint(path: Path) -> Loaded:
+def _placed(model: TwoTower, variables: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, variables)
+
+    def place(value: np.ndarray, where: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+    return jax.tree.map(place, variables, _shardings(model, mesh))
+
+
+def _shardings(model: TwoTower, mesh: Mesh) -> Mapping[str, Any]:
+    """Of every variable; nothing is allocated."""
+    vision, text = model.vision, model.text
+    shapes = {
+        "image": jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, 3), jnp.float32),
+        "text": jax.ShapeDtypeStruct((1, text.context_length), jnp.int32),
+    }
+    return sharding.tree_shardings(jax.eval_shape(model.init, jax.random.key(0), shapes), mesh)
+
+
+def _load_checkpoint(path: Path, mesh: Mesh | None) -> Loaded:
     metadata = checkpoint.metadata(path)
     config, model = metadata["config"], metadata["model"]
     if len(model["towers"]) < 2:
@@ -100,14 +128,24 @@ def _load_checkpoint(path: Path) -> Loaded:
     tokenizer.context_length = model["towers"]["text"]["context_length"]
     if tokenizer.digest() != model["tokenizer"]["sha256"]:
         raise CheckpointError(f"{path}: {name} is not the tokenizer that it was trained with")
-    params = {"params": checkpoint.load(path, "params")}
+    towers = build_two_tower(config["model"])
+    params, state = None, None
+    if mesh is not None:
+        state = dict(_shardings(towers, mesh))
+        # A bias that only the loss uses is in the checkpoint and not in the config.
+        params = defaultdict(lambda: sharding.replicated(mesh), state.pop("params"))
+    variables = {"params": checkpoint.load(path, "params", params)}
     if (path / "state").is_dir():
-        params |= checkpoint.load(path, "state")
+        variables |= checkpoint.load(path, "state", state)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        if not all(np.isfinite(shard.data).all() for shard in leaf.addressable_shards if shard.replica_id == 0):
+            name = "/".join(str(key.key) for key in keys)
+            raise CheckpointError(f"{path}: {name} holds values that are no finite numbers")
     fields = model["preprocess"]
     known = ("image_size", "mean", "std", "interpolation", "resize_mode")
     return Loaded(
-        model=build_two_tower(config["model"]),
-        params=params,
+        model=towers,
+        params=variables,
         preprocess=Preprocess(**{key: fields[key] for key in known if key in fields}),
         tokenizer=tokenizer,
         metadata=metadata,

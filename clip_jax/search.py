@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -29,7 +30,12 @@ CHUNK = 65_536  # rows on all devices at once
 
 
 def nearest(
-    queries_QxE: np.ndarray, chunks: Iterable[np.ndarray], k: int, mesh: Mesh, chunk: int = CHUNK
+    queries_QxE: np.ndarray,
+    chunks: Iterable[np.ndarray],
+    k: int,
+    mesh: Mesh,
+    chunk: int = CHUNK,
+    faiss: ModuleType | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k rows of the greatest inner product with each query: every row is compared, in float32.
 
@@ -38,6 +44,7 @@ def nearest(
       chunks: the rows, in pieces of `chunk` (the last may be smaller), as `EmbeddingFile.chunks` gives them.
       k: how many; all rows where there are fewer.
       mesh: the rows of a piece are sharded over its data-parallel devices; each finds its own k first.
+      faiss: the library, which then compares them on the CPU instead.
 
     Returns:
       (scores [Q, k] float32, best first; rows [Q, k] int64); of equal scores the earlier row comes first.
@@ -49,9 +56,12 @@ def nearest(
     rows = np.zeros((len(queries_QxE), 0), np.int64)
     start = 0
     for piece in chunks:
-        padded = np.pad(piece, [(0, chunk - len(piece)), (0, 0)])
-        placed = jax.device_put(padded, sharding.batch_sharding(mesh))
-        new_scores, new_rows = jax.device_get(best(queries, placed, len(piece)))
+        if faiss is not None and (found := _best_by_faiss(faiss, queries_QxE, piece, k)):
+            new_scores, new_rows = found
+        else:
+            padded = np.pad(piece, [(0, chunk - len(piece)), (0, 0)])
+            placed = jax.device_put(padded, sharding.batch_sharding(mesh))
+            new_scores, new_rows = jax.device_get(best(queries, placed, len(piece)))
         # The rows found so far come first and the sort is stable: an earlier row wins a tie.
         scores = np.concatenate([scores, new_scores], axis=1)
         rows = np.concatenate([rows, new_rows.astype(np.int64) + start], axis=1)
@@ -60,6 +70,33 @@ def nearest(
         start += len(piece)
     k = min(k, start)  # what lies beyond is padding, of score -inf
     return scores[:, :k], rows[:, :k]
+
+
+def faiss_on_cpu() -> ModuleType | None:
+    """The library (the extra `search`) where it is installed and JAX's devices are CPUs."""
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        import faiss
+    except ImportError:
+        return None
+    return faiss
+
+
+def _best_by_faiss(
+    faiss: ModuleType, queries_QxE: np.ndarray, rows_CxE: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """(scores [Q, ≤k], rows [Q, ≤k]), of equal scores the earlier row first; None where a tie decides who is among k.
+
+    Which of equal rows the library's heap keeps is not defined; one more than is asked for shows whether it matters.
+    """
+    count = min(k + 1, len(rows_CxE))
+    queries, rows = (np.ascontiguousarray(x, np.float32) for x in (queries_QxE, rows_CxE))
+    scores, found = faiss.knn(queries, rows, count, metric=faiss.METRIC_INNER_PRODUCT)
+    if count > k and (scores[:, k - 1] == scores[:, k]).any():
+        return None
+    order = np.lexsort((found, -scores))[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "mesh"))
@@ -103,10 +140,14 @@ def search_file(
     """
     if k < 1:
         raise ConfigError(f"{k} results: at least 1 expected")
+    if not {"kind", "source"} <= file.metadata.keys():
+        raise DataError(f"{file.path}: not a file of embeddings that `embed` wrote (its source is missing)")
     made_with = file.metadata.get("model_sha256")
     if made_with != embedder.digest():
         raise DataError(f"{file.path}: was made with another model (its sha256 is {made_with})")
-    scores, rows = nearest(embeddings_QxE, file.chunks(CHUNK), k, embedder.mesh)
+    if file.width != embeddings_QxE.shape[1]:
+        raise DataError(f"{file.path}: embeddings of width {file.width}; this model's have {embeddings_QxE.shape[1]}")
+    scores, rows = nearest(embeddings_QxE, file.chunks(CHUNK), k, embedder.mesh, faiss=faiss_on_cpu())
     return [
         Found(
             query,
@@ -127,10 +168,10 @@ def write_page(path: Path, title: str, found: Sequence[Found], picture: Callable
     for one in found:
         pictures = [picture(index) if picture else "" for index in one.indices]
         items: list[dict[str, Any]] = [
-            {"key": key, "score": score, "uri": uri}
+            {"key": key.encode("utf-8", "replace").decode(), "score": score, "uri": uri}
             for key, score, uri in zip(one.keys, one.scores, pictures, strict=True)
         ]
-        groups.append({"query": one.query, "items": items})
+        groups.append({"query": one.query.encode("utf-8", "replace").decode(), "items": items})
     write_atomically(path, environment.get_template("search.html.j2").render(title=title, groups=groups))
 
 

@@ -1,9 +1,18 @@
-"""Evaluates a trained run on held-out data: CLIP by classification and retrieval, Flamingo by what it says.
+r"""Evaluates a trained run on its own held-out data, or any CLIP on any data; on every host at once.
 
     python -m launch.evaluate --workdir runs/quickstart/clip
 
-Prints a table; writes `evaluation.json` (every figure with its chance level) and `predictions.json` (what a
-report shows) to the workdir. The config and the parameters are the newest checkpoint's.
+The run's own: CLIP by classification and retrieval, Flamingo by what it says. Prints a table; writes
+`evaluation.json` (every figure with its chance level) and `predictions.json` (what a report shows) to the
+workdir. The config and the parameters are the newest checkpoint's.
+
+    python -m launch.evaluate --model openai:ViT-B-32.pt --data imagenet/val --classes imagenet --templates openai80 \
+        --output runs/imagenet
+    python -m launch.evaluate --model hf:DIRECTORY --data tfds:cifar10/test --tasks zero_shot,linear_probe \
+        --train-data tfds:cifar10/train --data-dir tensorflow_datasets
+
+Any other: zero-shot classification, retrieval and a linear probe (`clip_jax.evaluation.benchmark`). Prints a
+table; writes it as `results.md`, and all figures as `results.json`, to the output directory.
 """
 
 import json
@@ -18,10 +27,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from clip_jax import sharding
-from clip_jax.data.sources import open_source
+from clip_jax.data.sources import PairSource, open_source
 from clip_jax.errors import ConfigError
+from clip_jax.evaluation import benchmark, prompts
 from clip_jax.evaluation.pairs import Evaluation
-from clip_jax.files import write_atomically
+from clip_jax.files import is_folder, read_lines, write_atomically
+from clip_jax.loading import load
 from clip_jax.training import checkpoint
 from flamingo_jax.evaluation import few_shot
 from flamingo_jax.training.flamingo_task import FlamingoTask
@@ -29,13 +40,63 @@ from launch import command
 from launch.tasks import build_task
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run to evaluate.")
+MODEL = flags.DEFINE_string("model", None, "With --data: a model as clip_jax.load names it, instead of --workdir.")
+DATA = flags.DEFINE_string("data", None, "A folder of class folders, a folder of images with captions, or KIND:WHERE.")
+TRAIN_DATA = flags.DEFINE_string("train-data", None, "What a linear probe is fitted to, named like --data.")
+DATA_DIR = flags.DEFINE_string("data-dir", None, "Where TFDS keeps its data sets (for tfds:NAME/SPLIT).")
+TASKS = flags.DEFINE_list("tasks", [], f"Of {', '.join(benchmark.TASKS)}; by default what the data allow.")
+TEMPLATES = flags.DEFINE_string("templates", "a photo of a {}.", "openai80, openai7, a text with {} or a file of such.")
+CLASSES = flags.DEFINE_string("classes", None, "Names for the classes: `imagenet`, or a file of one a line.")
+OUTPUT = flags.DEFINE_string("output", None, "Directory for the results of --data.")
+PREPROCESS = flags.DEFINE_enum("preprocess", None, ["clip", "siglip"], "Where no file beside the weights says it.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where none is beside the weights and it is not OpenAI's.")
+BATCH_SIZE = flags.DEFINE_integer("batch-size", 256, "Images embedded at once with --data.", lower_bound=1)
+THREADS = flags.DEFINE_integer("threads", 4, "That decode images with --data, on each host.", lower_bound=1)
 SHOWN = 24  # examples of each source that predictions.json holds
 
 
 def main() -> None:
-    if not WORKDIR.value:
-        raise ConfigError("--workdir is missing: name the directory of a run")
-    workdir = Path(WORKDIR.value)
+    if DATA.value:
+        evaluate_data()
+    elif WORKDIR.value and not MODEL.value:
+        evaluate_run(Path(WORKDIR.value))
+    else:
+        raise ConfigError("--workdir is missing: name the directory of a run, or --model and --data")
+
+
+def evaluate_data() -> None:
+    if bool(MODEL.value) == bool(WORKDIR.value):
+        raise ConfigError("--data needs a model: give one of --model and --workdir")
+    source = open_data(DATA.value)
+    train = open_data(TRAIN_DATA.value) if TRAIN_DATA.value else None
+    names = class_names(CLASSES.value) if CLASSES.value else None
+    mesh = sharding.make_mesh()
+    with sharding.use_mesh(mesh):
+        loaded = load(MODEL.value or WORKDIR.value, preprocess=PREPROCESS.value, tokenizer=TOKENIZER.value, mesh=mesh)
+        figures = benchmark.evaluate(
+            loaded, mesh, source, TASKS.value, templates=TEMPLATES.value, class_names=names, train=train,
+            batch_size=BATCH_SIZE.value, threads=THREADS.value,
+        )  # fmt: skip
+    results = {"model": MODEL.value or WORKDIR.value, "data": DATA.value, "train_data": TRAIN_DATA.value, **figures}
+    if jax.process_index() == 0:
+        table = benchmark.table(results)
+        print(table)
+        if OUTPUT.value:
+            output = Path(OUTPUT.value)
+            output.mkdir(parents=True, exist_ok=True)
+            write_atomically(output / "results.md", table + "\n")
+            write_atomically(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def open_data(spec: str) -> PairSource:
+    return open_source(f"folder:{spec}" if is_folder(spec) else spec, DATA_DIR.value)
+
+
+def class_names(where: str) -> list[str]:
+    return prompts.imagenet_classes() if where == "imagenet" else read_lines(Path(where))
+
+
+def evaluate_run(workdir: Path) -> None:
     path = checkpoint.latest(workdir)
     metadata = checkpoint.metadata(path)
     family = metadata["model"]["family"]
@@ -57,7 +118,7 @@ def main() -> None:
         print_table(results)
 
 
-def load(task: Any, path: Path) -> tuple[Any, Any]:
+def restore(task: Any, path: Path) -> tuple[Any, Any]:
     """(params, state) of a task's checkpoint, on its mesh."""
     abstract = jax.tree.map(lambda leaf: leaf.sharding, task.abstract_variables())
     params = checkpoint.load(path, "params", abstract[0])
@@ -68,7 +129,7 @@ def evaluate_pairs(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) ->
     task: Any = build_task(config, mesh)
     found = {}
     with sharding.use_mesh(mesh):
-        evaluate_source = task.evaluator(*load(task, path), mesh)
+        evaluate_source = task.evaluator(*restore(task, path), mesh)
         for name, spec in tqdm(config.data.evaluate.items(), desc="evaluate", unit="source", dynamic_ncols=True):
             found[name] = evaluate_source(open_source(spec))
     sources = {name: evaluation.figures for name, evaluation in found.items()}
@@ -81,7 +142,7 @@ def evaluate_flamingo(
     task = FlamingoTask(config, mesh)
     wanted = config.evaluation
     with sharding.use_mesh(mesh):
-        params, state = load(task, path)
+        params, state = restore(task, path)
         found = few_shot.evaluate(task, params, state, mesh, wanted.count, wanted.captions)
     results = {"answers": found.answers, "captions": found.captions, "loss": found.loss}
     return results, {"source": wanted.source, "examples": few_shot.spread(found.examples, SHOWN)}

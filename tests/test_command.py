@@ -49,6 +49,7 @@ def test_a_missing_config_is_named() -> None:
         (["launch.train", "--config", f"{CONFIG}:debug", "--workdir", "x", "--config.data.train=tfds:nowhere#train"],
          "error: nowhere/dataset_info.json: not found; expected a TFDS data set"),
         (["launch.evaluate", "--workdir", "nowhere"], "nowhere: no finished checkpoint there"),
+        (["launch.evaluate", "--workdir", "x", "--data", "y:z"], "error: data source 'y:z': expected KIND:WHERE with"),
         (["launch.plan", "--config", CONFIG, "--topology", "v9:2x2"],
          "error: --topology v9:2x2: unknown chip v9; expected one of v4, v5e, v5p, v6e, tpu7x"),
         (["launch.report", "--workdir", "nowhere"], "error: nowhere/clip/evaluation.json: not found; `python"),

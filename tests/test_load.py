@@ -17,6 +17,7 @@ from clip_jax.data.sources import ASSETS
 from clip_jax.errors import CheckpointError, ConfigError
 from clip_jax.interop import huggingface, imported, mapping, open_clip
 from clip_jax.interop.tensors import read_tensors
+from clip_jax.sharding import make_mesh
 from clip_jax.training import checkpoint
 
 EMOJI_TOKENIZER = str(ASSETS / "emoji" / "tokenizer.json")
@@ -56,6 +57,14 @@ def test_the_same_weights_by_every_name_give_the_same_embeddings(tmp_path: Path)
         assert model.metadata["model"]["activation"] == "quick_gelu"
     for other in found[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_published_weights_are_sharded_over_a_mesh(tmp_path: Path) -> None:
+    spec = written(tmp_path / "hf", "hf")
+    whole, sharded = clip_jax.load(spec).params, clip_jax.load(spec, mesh=make_mesh({"fsdp": 4, "tensor": 2})).params
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole, sharded))
+    table = sharded["params"]["text"]["token_embedding"]
+    assert table.sharding.shard_shape(table.shape) == (49408 // 2, 64 // 4)
 
 
 def run(*words: object) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from clip_jax.data import pipeline
 from clip_jax.data.order import Order
 from clip_jax.data.pipeline import Batches, Draws, PairElements, evaluation_batches
+from clip_jax.data.preprocess import Preprocess
 from clip_jax.data.sources import Pair, PairSource
 from clip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from clip_jax.data.transforms import Augmentation, decode, evaluation_image
@@ -154,7 +155,7 @@ def test_keywords_join_or_replace_the_text(tokenizer: Tokenizer, rate: float) ->
 
 def test_evaluation_batches_hold_every_record_in_order() -> None:
     rows, source = np.arange(BATCH), BAD[:13]
-    batches = list(evaluation_batches(source, SIZE, BATCH, rows))
+    batches = list(evaluation_batches(source, Preprocess(SIZE), BATCH, rows))
     good = np.concatenate([ok for _, ok in batches])
     images = np.concatenate([batch["image"] for batch, _ in batches])
     assert len(batches) == 2 and images.shape == (2 * BATCH, SIZE, SIZE, 3)
@@ -172,7 +173,7 @@ def test_records_that_cannot_be_read_are_left_out(tokenizer: Tokenizer) -> None:
             return super().__getitem__(index)
 
     source = Damaged(PAIRS)
-    ((_, good), *_) = evaluation_batches(source, SIZE, BATCH, np.arange(BATCH))
+    ((_, good), *_) = evaluation_batches(source, Preprocess(SIZE), BATCH, np.arange(BATCH))
     np.testing.assert_array_equal(np.flatnonzero(~good), [2])
     element = elements(source, tokenizer)
     positions = {element.draws.order.index(position): position for position in range(COUNT)}
@@ -180,8 +181,8 @@ def test_records_that_cannot_be_read_are_left_out(tokenizer: Tokenizer) -> None:
 
 
 def test_evaluation_batches_split_by_rows() -> None:
-    whole = list(evaluation_batches(BAD, SIZE, BATCH, np.arange(BATCH)))
-    halves = [list(evaluation_batches(BAD, SIZE, BATCH, rows)) for rows in np.split(np.arange(BATCH), 2)]
+    whole = list(evaluation_batches(BAD, Preprocess(SIZE), BATCH, np.arange(BATCH)))
+    halves = [list(evaluation_batches(BAD, Preprocess(SIZE), BATCH, rows)) for rows in np.split(np.arange(BATCH), 2)]
     assert len(whole) == len(halves[0]) == len(halves[1]) == 3
     for (batch, good), (a, good_a), (b, good_b) in zip(whole, *halves, strict=True):
         np.testing.assert_array_equal(batch["image"], np.concatenate([a["image"], b["image"]]))

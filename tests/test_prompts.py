@@ -9,7 +9,7 @@ from clip_jax.evaluation.prompts import get_templates, imagenet_classes
 
 
 def test_the_published_ensembles() -> None:
-    eighty, seven = get_templates("imagenet_80"), get_templates("imagenet_7")
+    eighty, seven = get_templates("openai80"), get_templates("openai7")
     assert len(set(eighty)) == 80 and len(set(seven)) == 7  # arXiv 2103.00020 §3.1.4
     assert {"a bad photo of a {}.", "a photo of a cool {}.", "a tattoo of the {}."} <= set(eighty)
     assert "itap of a {}." in seven and set(seven) <= set(eighty)
@@ -30,7 +30,7 @@ def test_templates_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("templates", "expected"),
-    [("imagenet", "imagenet_80, imagenet_7"), ([], "at least one"), (["a photo"], "a photo"), ("{} {}", "exactly one")]
+    [("imagenet", "openai80, openai7"), ([], "at least one"), (["a photo"], "a photo"), ("{} {}", "exactly one")]
     + [("{name}", "exactly one")],
 )
 def test_what_is_no_template_is_refused(templates: str | list[str], expected: str) -> None:

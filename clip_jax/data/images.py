@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from clip_jax.data.sources import SOURCES, PairSource, open_source
+from clip_jax.data.sources import IMAGE_SUFFIXES, SOURCES, PairSource, open_source
 from clip_jax.errors import DataError, RecordError
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+from clip_jax.files import is_file, is_folder
 
 
 class Images(Protocol):
@@ -43,7 +42,7 @@ class Tar:
         self._path = path
         try:
             with tarfile.open(path, "r:") as tar:
-                found = [m for m in tar if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES]
+                found = [m for m in tar if m.isfile() and Path(m.name).suffix.lower() in IMAGE_SUFFIXES]
         except (OSError, tarfile.TarError) as error:
             raise DataError(f"{path}: not a readable tar file, uncompressed as expected ({error})") from None
         self._members = [(f"{path}/{m.name}", m.offset_data, m.size) for m in found]
@@ -80,9 +79,9 @@ def open_images(spec: str) -> Images:
     kind, _, where = spec.partition(":")
     path = Path(spec)
     images: Images
-    if path.is_dir():
-        images = Files(sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()))
-    elif path.is_file():
+    if is_folder(path):
+        images = Files(sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()))
+    elif is_file(path):
         images = Tar(path) if path.suffix == ".tar" else Files([path])
     elif where and kind in SOURCES:
         images = Records(open_source(spec))
@@ -95,5 +94,5 @@ def open_images(spec: str) -> Images:
             f"{', '.join(SOURCES)}"
         )
     if len(images) == 0:
-        raise DataError(f"{spec}: no images there (expected {', '.join(sorted(SUFFIXES))})")
+        raise DataError(f"{spec}: no images there (expected {', '.join(sorted(IMAGE_SUFFIXES))})")
     return images

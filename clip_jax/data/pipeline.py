@@ -11,6 +11,7 @@ from PIL import Image
 
 from clip_jax.data import transforms
 from clip_jax.data.order import Order, generator
+from clip_jax.data.preprocess import Preprocess
 from clip_jax.data.sources import Pair, PairSource
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import DataError, RecordError
@@ -138,23 +139,23 @@ def _join(elements: Sequence[Element], how: Callable[[list[np.ndarray]], np.ndar
 
 
 def evaluation_batches(
-    source: PairSource, image_size: int, batch_size: int, rows: np.ndarray
+    source: PairSource, preprocess: Preprocess, batch_size: int, rows: np.ndarray, threads: int = 2
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """All records of a source in order, this process's rows of each batch: ({"image"}, good).
 
-    The last batch is filled up with its last record. `good` [batch_size] bool tells, for all rows this
-    process holds, which are records that decode; the others' images are black.
+    Images are uint8. `good` [len(rows)] bool tells which rows are records that decode; the others', and those that
+    fill up the last batch, are black.
     """
-    for start in range(0, len(source), batch_size):
-        images = np.zeros((len(rows), image_size, image_size, 3), np.uint8)
-        good = np.zeros(len(rows), bool)
-        for j, row in enumerate(rows):
-            if start + row < len(source):
-                try:
-                    pair = source[start + int(row)]
-                    image = transforms.read_image(pair.image, pair.key)
-                    images[j] = transforms.evaluation_image(image, image_size, key=pair.key)
-                    good[j] = True
-                except RecordError as error:
-                    logging.warning("record left out of the evaluation: %s", error)
-        yield {"image": images}, good
+
+    def element(position: int) -> Element:
+        if position < len(source):
+            try:
+                pair = source[position]
+                return {"image": preprocess.pixels(pair.image, pair.key), "good": np.array(True)}
+            except RecordError as error:
+                logging.warning("record left out of the evaluation: %s", error)
+        black = np.zeros((preprocess.image_size, preprocess.image_size, 3), np.uint8)
+        return {"image": black, "good": np.array(False)}
+
+    for batch in Batches(element, batch_size, rows, threads)(0, -(-len(source) // batch_size)):
+        yield {"image": batch["image"]}, batch["good"]

@@ -40,6 +40,10 @@ class Preprocess:
 
     def __call__(self, image: Image.Image | str | Path | bytes, key: str = "") -> np.ndarray:
         """`key`: what an error calls the image; by default its path."""
+        return transforms.normalize(self.pixels(image, key), self.mean, self.std)
+
+    def pixels(self, image: Image.Image | str | Path | bytes, key: str = "") -> np.ndarray:
+        """The same before it is normalised: uint8 [S, S, 3]."""
         if isinstance(image, str | Path):
             key = key or str(image)
             try:
@@ -48,5 +52,4 @@ class Preprocess:
                 raise RecordError(f"{key}: can't be read ({error.strerror})") from None
         key = key or "image"
         stored = transforms.read_image(image, key) if isinstance(image, bytes) else transforms.accepted(image, key)
-        pixels = transforms.evaluation_image(stored, self.image_size, self.interpolation, self.resize_mode, key)
-        return transforms.normalize(pixels, self.mean, self.std)
+        return transforms.evaluation_image(stored, self.image_size, self.interpolation, self.resize_mode, key)

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex
 
+import numpy as np
+
 from clip_jax.errors import DataError, RecordError
 
 ASSETS = Path(__file__).parent / "assets"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 
 
 def find_asset(path: str) -> Path:
@@ -21,7 +24,7 @@ def find_asset(path: str) -> Path:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, still encoded, and its text."""
+    """An image, still encoded, and its text; of several captions the first, and all of them in `captions`."""
 
     key: str
     image: bytes
@@ -29,9 +32,12 @@ class Pair:
     keywords: tuple[str, ...] = ()
     group: str = ""
     style: str = ""
+    captions: tuple[str, ...] = ()
 
 
 class PairSource(Protocol):
+    """A source whose texts are names of classes may have `classes`, all of them in their order."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: SupportsIndex) -> Pair: ...
@@ -63,10 +69,16 @@ class TfdsRecords:
             raise DataError(f"{self.directory}: not a readable TFDS data set: {_first_line(error)}") from None
         if split not in splits:
             raise DataError(f"{self.directory}: no split {split!r}; expected one of {', '.join(sorted(splits))}")
+        if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            raise DataError(
+                f"{self.directory}: written as {builder.info.file_format.value}; expected array_record, which can be "
+                "read at random: prepare it with file_format=array_record"
+            )
         self.found = [next((name for name in names if name in features), "") for names in expected]
         if not all(self.found):
             wanted = " and ".join(("one of " if len(names) > 1 else "") + ", ".join(names) for names in expected)
             raise DataError(f"{self.directory}: features {', '.join(sorted(features))}; expected {wanted}")
+        self.features = features
         for path, length in zip(splits[split].filepaths, splits[split].shard_lengths, strict=True):
             _check_shard(Path(path), length)
         try:
@@ -94,52 +106,127 @@ class TfdsRecords:
 class TfdsSource:
     """Pairs from a split of a TFDS data set.
 
-    `image` is an Image feature; the text is the first of the features `text`, `caption` and `label` that
-    there is; `keywords`, `group`, `style` and `key` are taken where they exist. Raises as TfdsRecords does.
+    `image` is an Image feature; the text is the first of the features `text`, `caption`, `captions` (several) and
+    `label` that there is; `keywords`, `group`, `style` and `key` are taken where they exist. A ClassLabel is read
+    as its name. Raises as TfdsRecords does.
     """
 
     def __init__(self, directory: str | Path, split: str):
-        self._records = TfdsRecords(directory, split, (("image",), ("text", "caption", "label")))
+        import tensorflow_datasets as tfds
+
+        self._records = TfdsRecords(directory, split, (("image",), ("text", "caption", "captions", "label")))
+        feature = self._records.features[self._records.found[1]]
+        self.classes = list(feature.names) if isinstance(feature, tfds.features.ClassLabel) else None
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: SupportsIndex) -> Pair:
         example = self._records[index]
-        image, text = self._records.found
+        image, text = (example[name] for name in self._records.found)
+        if isinstance(text, Mapping):  # a sequence of features, such as COCO's captions with their ids
+            text = text.get("text", ())
+        captions = (str(self.classes[int(text)]),) if self.classes else tuple(map(_string, np.atleast_1d(text)))
+        key = _string(example.get("key", f"{self._records.split}/{index}"))
+        if not captions:
+            raise RecordError(f"{key}: no text")
         return Pair(
-            key=_string(example.get("key", f"{self._records.split}/{index}")),
-            image=example[image],
-            text=_string(example[text]),
+            key=key,
+            image=image,
+            text=captions[0],
             keywords=tuple(map(_string, example.get("keywords", ()))),
             group=_string(example.get("group", "")),
             style=_string(example.get("style", "")),
+            captions=captions if len(captions) > 1 else (),
         )
 
 
-def _open_tfds(where: str) -> PairSource:
-    directory, _, split = where.rpartition("#")
-    if not directory:
-        raise DataError(f"tfds:{where}: expected tfds:DIRECTORY#SPLIT")
-    return TfdsSource(directory, split)
+class Folder:
+    """The images of a folder, in a subfolder for each class, or with captions beside them: cat.jpg, cat.txt.
+
+    A text file holds a caption a line. `classes` are the names of the subfolders in their order; None where there
+    are captions. Raises DataError where an image has neither.
+    """
+
+    def __init__(self, directory: str | Path):
+        root = Path(directory)
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder")
+        self._paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not self._paths:
+            raise DataError(f"{root}: no images there (expected {', '.join(sorted(IMAGE_SUFFIXES))})")
+        self._parts = len(root.parts)
+        self.classes: list[str] | None = None
+        if not any(p.with_suffix(".txt").is_file() for p in self._paths):
+            if loose := [p for p in self._paths if p.parent == root]:
+                raise DataError(f"{loose[0]}: expected in the folder of its class, or with captions beside it (.txt)")
+            self.classes = sorted({p.parts[self._parts] for p in self._paths})
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: SupportsIndex) -> Pair:
+        path, captions = self._paths[index], self.captions(index)
+        try:
+            image = path.read_bytes()
+        except OSError as error:
+            raise RecordError(f"{path}: can't be read ({error.strerror})") from None
+        return Pair(str(path), image, captions[0], captions=captions if len(captions) > 1 else ())
+
+    def captions(self, index: SupportsIndex) -> tuple[str, ...]:
+        """Raises RecordError, naming the file, where there is none or it can't be read."""
+        if self.classes:
+            return (self._paths[index].parts[self._parts],)
+        path = self._paths[index].with_suffix(".txt")
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise RecordError(f"{path}: can't be read ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise RecordError(f"{path}: not UTF-8 (byte {error.start})") from None
+        captions = tuple(line.strip() for line in lines if line.strip())
+        if not captions:
+            raise RecordError(f"{path}: holds no caption; expected one a line")
+        return captions
+
+
+def _open_tfds(where: str, data_dir: str | Path | None = None) -> PairSource:
+    directory, hash_sign, split = where.rpartition("#")
+    if hash_sign and directory:
+        return TfdsSource(directory, split)
+    name, _, split = where.rpartition("/")
+    if hash_sign or not name or not split:
+        raise DataError(f"tfds:{where}: expected tfds:DIRECTORY#SPLIT or tfds:NAME/SPLIT")
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir and str(data_dir))
+    except Exception as error:  # TFDS raises many kinds
+        raise DataError(f"tfds:{where}: {_first_line(error)}") from None
+    return TfdsSource(builder.data_path, split)
 
 
 def _open_emoji(split: str) -> PairSource:
     return TfdsSource(ASSETS / "emoji" / "1.0.0", split)
 
 
-SOURCES: dict[str, Callable[[str], PairSource]] = {"tfds": _open_tfds, "emoji": _open_emoji}
+SOURCES: dict[str, Callable[[str], PairSource]] = {"tfds": _open_tfds, "folder": Folder, "emoji": _open_emoji}
 
 
-def open_source(spec: str) -> PairSource:
-    """Opens `emoji:SPLIT` (embedded) or `tfds:DIRECTORY#SPLIT`.
+def open_source(spec: str, data_dir: str | Path | None = None) -> PairSource:
+    """Opens a data set by its name.
+
+    Args:
+      spec: `emoji:SPLIT` (embedded), `folder:DIRECTORY` (see `Folder`), `tfds:DIRECTORY#SPLIT`, or
+        `tfds:NAME/SPLIT` for a data set that was prepared before.
+      data_dir: where TFDS keeps its data sets; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
     Raises DataError for an unknown kind and for what the kind itself refuses.
     """
     kind, _, where = spec.partition(":")
     if kind not in SOURCES or not where:
         raise DataError(f"data source {spec!r}: expected KIND:WHERE with KIND one of {', '.join(SOURCES)}")
-    source = SOURCES[kind](where)
+    source = _open_tfds(where, data_dir) if kind == "tfds" else SOURCES[kind](where)
     if len(source) == 0:
         raise DataError(f"data source {spec!r} is empty: expected at least one record")
     return source
@@ -148,6 +235,14 @@ def open_source(spec: str) -> PairSource:
 def texts_of(source: PairSource) -> Sequence[str]:
     """The text of every record, in order."""
     return [source[i].text for i in range(len(source))]
+
+
+def captions_at(source: PairSource, index: int) -> tuple[str, ...]:
+    """All captions of a record; a folder's image is not read for that. Raises RecordError where it has none."""
+    if isinstance(source, Folder):
+        return source.captions(index)
+    pair = source[index]
+    return pair.captions or (pair.text,)
 
 
 def _check_shard(path: Path, length: int) -> None:

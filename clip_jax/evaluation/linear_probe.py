@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clip_jax.errors import ConfigError, DataError
+from clip_jax.evaluation.hosts import over_hosts, parts_of
 
 COARSE = tuple(float(e) for e in range(-6, 7, 2))  # powers of ten of the inverse regularisation, tried first
 FINEST = 1 / 8  # of a power of ten: the paper's 96 values
@@ -41,7 +42,8 @@ def linear_probe(
     """Multinomial logistic regression by L-BFGS, without augmentation; needs the extra `evaluation`.
 
     The regularisation is swept on the validation split: coarsely, then at half the distance about the best one
-    until `finest`. The probe that is scored is fitted to the training and the validation split together.
+    until `finest`; the processes share out these fits. The probe that is scored is fitted to the training and the
+    validation split together.
 
     Args:
       features_NxD: training features, of any model, as they are (CLIP's are taken before the projection).
@@ -66,17 +68,24 @@ def linear_probe(
 
     sweep: dict[float, float] = {}
 
-    def score(exponent: float) -> float:
-        if exponent not in sweep:
-            predicted = fit_predict(features_NxD, labels_N, validation[0], 10**exponent, max_iterations)
-            sweep[exponent] = accuracy(predicted, validation[1])
-        return sweep[exponent]
+    def try_all(asked: Sequence[float]) -> None:
+        new = [exponent for exponent in asked if exponent not in sweep]
 
-    best = max(exponents, key=score)
+        def right(part: slice) -> np.ndarray:
+            inverse = 10 ** new[part.start]
+            predicted = fit_predict(features_NxD, labels_N, validation[0], inverse, max_iterations)
+            return np.sum(predicted == validation[1])
+
+        counts = over_hosts(right, parts_of(len(new), 1), len(new))
+        sweep.update(zip(new, (counts / len(validation[1])).tolist(), strict=True))
+
+    try_all(exponents)
+    best = max(exponents, key=sweep.__getitem__)
     step = (exponents[1] - exponents[0]) / 2 if len(exponents) > 1 else 0.0
     while step >= finest:
         inside = [e for e in (best - step, best, best + step) if exponents[0] <= e <= exponents[-1]]
-        best, step = max(inside, key=lambda e: (score(e), e == best)), step / 2
+        try_all(inside)
+        best, step = max(inside, key=lambda e: (sweep[e], e == best)), step / 2
     both = np.concatenate([features_NxD, validation[0]]), np.concatenate([labels_N, validation[1]])
     predicted = fit_predict(*both, test[0], 10**best, max_iterations)
     return Probe(

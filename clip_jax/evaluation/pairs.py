@@ -1,62 +1,15 @@
-"""Evaluation on image–text pairs: embeddings over the mesh, then zero-shot classification and retrieval."""
+"""What a run measures of itself: classification among a source's own names, retrieval by name within a style."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from clip_jax import sharding
-from clip_jax.data.pipeline import evaluation_batches
 from clip_jax.data.sources import PairSource
 from clip_jax.evaluation import retrieval, zero_shot
+from clip_jax.evaluation.encoder import Encoder
 from clip_jax.evaluation.prompts import get_templates
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Jitted towers with their parameters; every process calls it alike and gets all the embeddings.
-
-    `function(params, state, batch)` → normalised embeddings [batch_size, E], replicated.
-    """
-
-    function: Callable[[Any, Any, dict[str, jax.Array]], jax.Array]
-    params: Any
-    state: Any
-    mesh: Mesh
-    image_size: int
-    tokenize: Callable[[Sequence[str]], np.ndarray]
-    batch_size: int
-
-    def images(self, source: PairSource) -> tuple[np.ndarray, np.ndarray]:
-        """(embeddings [len, E], good [len] bool: which records decode)."""
-        embeddings, good = [], []
-        for batch, ok in evaluation_batches(source, self.image_size, self.batch_size, self._rows()):
-            embeddings.append(self._embed(batch))
-            good.append(self._everywhere(ok))
-        return np.concatenate(embeddings)[: len(source)], np.concatenate(good)[: len(source)]
-
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """[len, E]."""
-        ids = self.tokenize(texts)
-        padded = np.pad(ids, [(0, -len(ids) % self.batch_size), (0, 0)], mode="edge")
-        starts = range(0, len(padded), self.batch_size)
-        return np.concatenate([self._embed({"text": padded[s + self._rows()]}) for s in starts])[: len(texts)]
-
-    def _rows(self) -> np.ndarray:
-        return sharding.local_rows(sharding.batch_sharding(self.mesh), self.batch_size)
-
-    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return sharding.put_batch(batch, sharding.batch_sharding(self.mesh), self.batch_size)
-
-    def _embed(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-        return np.asarray(self.function(self.params, self.state, self._put(batch)))
-
-    def _everywhere(self, rows: np.ndarray) -> np.ndarray:
-        gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))
-        return np.asarray(gather(self._put({"rows": rows})["rows"]))
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,25 @@ from typing import Any
 
 from clip_jax.data.sources import ASSETS
 from clip_jax.errors import ConfigError
+from clip_jax.files import is_file, read_lines
 
 
 def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     """Prompts with one `{}` each.
 
     Args:
-      templates: a name ("imagenet_80", "imagenet_7"), a template, a text file of one a line, or a list of them.
+      templates: a name ("openai80", "openai7"), a template, a text file of one a line, or a list of them.
 
     Raises:
       ConfigError: an unknown name, no template, or one without exactly one `{}`.
+      DataError: a file that is empty or no UTF-8.
     """
     if isinstance(templates, str):
         named = _read("templates")
         if templates in named:
             return tuple(named[templates])
-        if Path(templates).is_file():
-            templates = [line for line in Path(templates).read_text(encoding="utf-8").splitlines() if line.strip()]
+        if is_file(templates):
+            templates = read_lines(Path(templates))
         elif "{" not in templates:
             raise ConfigError(
                 f"templates {templates!r}: expected {', '.join(named)}, a text with {{}} or a file of such"

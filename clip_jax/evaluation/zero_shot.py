@@ -4,6 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from clip_jax.evaluation.hosts import parts_of
+
+SCORES_AT_ONCE = 2**24
+
 
 def class_embeddings(
     encode: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], templates: Sequence[str] = ("{}",)
@@ -25,8 +29,10 @@ def class_embeddings(
 
 def top_classes(image_embeddings: np.ndarray, classes: np.ndarray, k: int) -> np.ndarray:
     """The k most similar classes of each image, best first, ties to the lower index. [B, k] int."""
-    similarity = image_embeddings @ classes.T
-    return np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    parts = parts_of(len(image_embeddings), max(1, SCORES_AT_ONCE // len(classes)))
+    return np.concatenate(
+        [np.argsort(-(image_embeddings[part] @ classes.T), axis=1, kind="stable")[:, :k] for part in parts]
+    )
 
 
 def top_probabilities(

@@ -1,5 +1,6 @@
 """Published weights by one name, and as a checkpoint of this project's own: of a whole model or of one tower."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,20 @@ def save(model: Imported, tokenizer: Tokenizer | None, tokenizer_path: str, work
     if workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"{workdir}: not empty; name a new directory")
     workdir.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None and tokenizer_path != "openai":
-        tokenizer_path = _copy_tokenizer(Path(tokenizer_path), workdir)
-    params = jax.tree.map(jnp.asarray, model.variables["params"])
-    state = {key: jax.tree.map(jnp.asarray, value) for key, value in model.variables.items() if key != "params"}
-    checkpointer = Checkpointer(workdir / "checkpoints", keep=1)
-    step = jnp.zeros((), jnp.int32)
-    checkpointer.save(
-        TrainState(step, params, {}, state, ()), 0, metadata(model, tokenizer, tokenizer_path) | {"step": 0}
-    )
-    checkpointer.wait()
+    try:
+        if tokenizer is not None and tokenizer_path != "openai":
+            tokenizer_path = _copy_tokenizer(Path(tokenizer_path), workdir)
+        params = jax.tree.map(jnp.asarray, model.variables["params"])
+        state = {key: jax.tree.map(jnp.asarray, value) for key, value in model.variables.items() if key != "params"}
+        checkpointer = Checkpointer(workdir / "checkpoints", keep=1)
+        step = jnp.zeros((), jnp.int32)
+        checkpointer.save(
+            TrainState(step, params, {}, state, ()), 0, metadata(model, tokenizer, tokenizer_path) | {"step": 0}
+        )
+        checkpointer.wait()
+    except BaseException:
+        shutil.rmtree(workdir)
+        raise
     return checkpointer.path(0)
 
 

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from clip_jax import sharding
 from clip_jax.data.sources import PairSource
 from clip_jax.errors import ConfigError
-from clip_jax.evaluation.pairs import Encoder, Evaluation, evaluate_source
+from clip_jax.evaluation.encoder import Encoder
+from clip_jax.evaluation.pairs import Evaluation, evaluate_source
 from clip_jax.losses import contrastive_loss, sigmoid_loss
 from clip_jax.models.variants import build_two_tower
 from clip_jax.training.pair_task import PairTask

@@ -17,11 +17,13 @@ from clip_jax import sharding
 from clip_jax.data import transforms
 from clip_jax.data.order import Order, group_by
 from clip_jax.data.pipeline import Draws, PairElements, Stream
+from clip_jax.data.preprocess import Preprocess
 from clip_jax.data.sources import PairSource, open_source, texts_of
 from clip_jax.data.tokenizer import load_tokenizer
 from clip_jax.errors import ConfigError
+from clip_jax.evaluation.encoder import Encoder
 from clip_jax.evaluation.label_scores import LabelScores
-from clip_jax.evaluation.pairs import Encoder, Evaluation, evaluate_scores
+from clip_jax.evaluation.pairs import Evaluation, evaluate_scores
 from clip_jax.evaluation.prompts import get_templates
 from clip_jax.training.micro_batches import in_micro_batches
 from clip_jax.training.starting_points import check_text, check_vision
@@ -185,7 +187,7 @@ class PairTask(ABC):
             params=params,
             state=state,
             mesh=mesh,
-            image_size=self.config.model.vision.image_size,
+            preprocess=Preprocess(self.config.model.vision.image_size),
             tokenize=self.tokenize,
             batch_size=max(self.config.evaluation_batch_size, sharding.batch_shards(mesh)),
         )

@@ -31,7 +31,7 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     data.train = ""  # KIND:WHERE, see clip_jax.data.sources
     data.mixture = ml_collections.ConfigDict()  # or, in its place and batch_size's: name → `data_set`
     data.evaluate = ml_collections.ConfigDict()  # name → KIND:WHERE
-    data.templates = "{}"  # of prompts: imagenet_80, imagenet_7, a text with {} or a file of one a line
+    data.templates = "{}"  # of prompts: openai80, openai7, a text with {} or a file of one a line
     data.tokenizer = ""
     data.keyword_rate = 0.0
     data.group_by_text = False
