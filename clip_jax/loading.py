@@ -120,6 +120,8 @@ def _shardings(model: TwoTower, mesh: Mesh) -> Mapping[str, Any]:
 def _load_checkpoint(path: Path, mesh: Mesh | None) -> Loaded:
     metadata = checkpoint.metadata(path)
     config, model = metadata["config"], metadata["model"]
+    if not model.get("towers"):
+        raise CheckpointError(f"{path}: a {model['family']} checkpoint; expected one with an image and a text tower")
     if len(model["towers"]) < 2:
         raise ConfigError(f"{path}: {_ONE_TOWER.format(*model['towers'])}")
     name = config["data"]["tokenizer"]
