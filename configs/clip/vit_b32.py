@@ -17,7 +17,7 @@ from configs.clip.common import clip_config, debug, emoji_data
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = clip_config("ViT-B/32")
     config.data.tokenizer = "openai"
-    config.data.templates = "imagenet_80"
+    config.data.templates = "openai80"
     config.model.dtype = "bfloat16"
     config.micro_batches = 32
     if arg == "debug":

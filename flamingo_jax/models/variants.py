@@ -69,12 +69,14 @@ _IDEFICS_RESAMPLER = dict(
 )  # fmt: skip
 _IDEFICS_GATED = dict(norm="rms", media_norm=False, qk_norm=True, activation="swiglu")
 
-# name: (vision tower of the CLIP variant, language model, the trained parts)
+_PAPER: dict[str, Any] = dict(image_size=320, head_size=128, resampler=_RESAMPLER)
+
+# name: (vision tower of the CLIP variant, language model, the trained parts and perhaps other pixels)
 FLAMINGOS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    # The paper's own tower is an NFNet-F6 of 320² pixels; CLIP's ViT-L/14 is the one of its ablation (table 3).
-    "Flamingo-3B": ("ViT-L/14", "Chinchilla-1.4B", dict(interval=1, heads=16, head_size=128, resampler=_RESAMPLER)),
-    "Flamingo-9B": ("ViT-L/14", "Chinchilla-7B", dict(interval=4, heads=32, head_size=128, resampler=_RESAMPLER)),
-    "Flamingo-80B": ("ViT-L/14", "Chinchilla-70B", dict(interval=7, heads=64, head_size=128, resampler=_RESAMPLER)),
+    # arXiv 2204.14198, table 5; the tower is the contrastive pair's NFNet-F6, its 320² pixels become 10² tokens
+    "Flamingo-3B": ("nfnet_f6_bert", "Chinchilla-1.4B", _PAPER | dict(interval=1, heads=16)),
+    "Flamingo-9B": ("nfnet_f6_bert", "Chinchilla-7B", _PAPER | dict(interval=4, heads=32)),
+    "Flamingo-80B": ("nfnet_f6_bert", "Chinchilla-70B", _PAPER | dict(interval=7, heads=64)),
     # arXiv 2308.01390, table 1; blocks stand before the last one of every interval
     "OpenFlamingo-3B": ("ViT-L/14", "MPT-1B", _OPEN | dict(interval=1, first_block=0)),
     "OpenFlamingo-4B": ("ViT-L/14", "RedPajama-INCITE-3B", _OPEN | dict(interval=2, first_block=1)),
@@ -152,10 +154,12 @@ def get_variant(name: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"unknown Flamingo variant {name!r}: expected one of {', '.join(FLAMINGOS)}")
     vision, language_model, trained = FLAMINGOS[name]
     clip = clip_variants.get_variant(vision)
-    config = ml_collections.ConfigDict(dict(first_block=0, class_token=True, extra_tokens=1) | trained)
+    parts = {key: value for key, value in trained.items() if key != "image_size"}
+    config = ml_collections.ConfigDict(dict(first_block=0, class_token=True, extra_tokens=1) | parts)
     config.gated = dataclasses.asdict(GatedSpec(**trained.get("gated", {})))
     config.resampler = resampler_fields(trained["resampler"])
     config.vision, config.embed_dim, config.activation = clip.vision, clip.embed_dim, clip.activation
+    config.vision.image_size = trained.get("image_size", config.vision.image_size)
     if config.vision.kind == "vit":
         config.vision.norm_tokens = False
     config.language_model = get_language_model(language_model)

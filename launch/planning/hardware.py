@@ -1,8 +1,9 @@
 """TPU chips, and topologies by their usual names.
 
-Figures: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, each chip's key specifications; what of a chip's HBM a
-program may use is what its compiler says where memory runs out. Prices are Google's list prices on demand in US
-regions as of 2025, in dollars for a chip and hour; they change: `launch.plan --price` takes yours.
+Figures are those of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, each chip's key specifications, as far as
+they could be looked up: v4's and the rates between slices are approximate. What of a chip's HBM a program may use is
+what its compiler says where memory runs out. Prices are approximate, in dollars for a chip and hour on demand, and
+change: `launch.plan --price` takes yours.
 """
 
 import importlib.util
