@@ -56,7 +56,7 @@ $(PEERS_VENV)/.installed: pyproject.toml | $(PEERS_VENV)/bin/python
 
 # From 8 to 4,096 chips at 64 examples on each; what stands in the table is not compiled again.
 plan-table: $(VENV)/.installed-dev
-	$(RUN) -m launch.planning.growth --config configs/clip/vit_l14_336.py --output launch/planning/growth.md
+	$(RUN) -m launch.planning.growth --config configs/clip/vit_l14_336.py --table launch/planning/growth.md
 
 clean:
 	rm -rf runs .cache $(VENV) $(PEERS_VENV)

@@ -77,6 +77,7 @@ def compile_for(k: int, micro_batch: int, mesh: Mesh) -> tuple[int, str]:
     return compiled.memory_analysis().temp_size_in_bytes, compiled.as_text()
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_embeddings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ring, "TILE", 16)  # the loss's own part, which would grow up to its full tiles
     mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])

@@ -165,6 +165,7 @@ def test_padding_on_the_left_changes_nothing(mesh: Mesh) -> None:
     assert_close(run(model, variables, padded, mesh)[:, pad:], logits)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient() -> None:
     batch = make_batch()
     plain, again = build(), build(remat=True)

@@ -199,6 +199,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(runs: Path, tmp_path: Pat
         FlamingoTask(config, mesh_of(ONE)).sources()
 
 
+@pytest.mark.slow
 def test_a_step_weighs_its_streams_and_leaves_the_frozen_alone(runs: Path) -> None:
     config, mesh = config_of(runs), mesh_of(ONE)
     task, state = start(config, mesh)

@@ -147,7 +147,7 @@ def test_the_table_of_growth_goes_on_where_it_stopped(
     monkeypatch.setattr(growth, "compile_step", compile_step)
     flags.FLAGS.mark_as_parsed()
     path = tmp_path / "growth.md"
-    with flagsaver.flagsaver(output=str(path), per_chip=16):
+    with flagsaver.flagsaver(table=str(path), per_chip=16):
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 growth.main(config.copy_and_resolve_references())

@@ -26,7 +26,10 @@ TASKS = ("caption", "kind", "colour", "which")
 MOVES = ("moving left", "moving right", "moving up", "moving down", "growing", "shrinking", "turning", "standing still")
 
 
-def catalogue(source: PairSource, image_size: int) -> tuple[list[str], list[str], list[str | None]]:
+Catalogue = tuple[list[str], list[str], list[str | None]]
+
+
+def catalogue(source: PairSource, image_size: int) -> Catalogue:
     """Names, groups and main colours of all records. A record that does not decode has no colour."""
     names: list[str] = []
     groups: list[str] = []
@@ -84,6 +87,7 @@ class EmojiDocuments:
     """The document at a position, of one kind ("pages", "pairs" or "clips"), as the model's arrays.
 
     `next_rate`: how often a page's texts stand before their image and attend it (p_next of the paper).
+    `listing`: the source's catalogue at the shape's image size, where it has been made already.
     """
 
     kind: str
@@ -95,10 +99,11 @@ class EmojiDocuments:
     augment: transforms.Augmentation
     next_rate: float = 0.0
     tasks: Sequence[str] = TASKS
+    listing: Catalogue | None = None
     _draws: dict[str, Draws] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        names, groups, colours = catalogue(self.source, self.shape.image_size)
+        names, groups, colours = self.listing or catalogue(self.source, self.shape.image_size)
         keys: dict[str, Sequence[str | None]] = {"caption": names, "which": groups, "kind": groups, "colour": colours}
         cache: dict[int, tuple[Pair, Image.Image]] = {}
         for task in self.tasks:

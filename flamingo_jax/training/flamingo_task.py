@@ -1,6 +1,7 @@
 """Flamingo as a task: a frozen tower and a frozen language model from checkpoints, the parts between them trained."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from clip_jax.training import checkpoint
 from clip_jax.training.starting_points import COSTS, check_vision, compare
 from clip_jax.training.state import merge
 from flamingo_jax.data.documents import Shape
-from flamingo_jax.data.emoji import EmojiDocuments
+from flamingo_jax.data.emoji import EmojiDocuments, catalogue
 from flamingo_jax.data.tokenizer import open_tokenizer
 from flamingo_jax.models.variants import build_flamingo, language_model_fields, resampler_fields
 from flamingo_jax.training.language_model_task import check_vocabulary
@@ -48,8 +49,13 @@ class FlamingoTask:
         return Shape(images, self.config.model.resampler.frames, self.image_size, tokens)
 
     def streams(self) -> Mapping[str, Stream]:
+        return self._streams
+
+    @cached_property
+    def _streams(self) -> dict[str, Stream]:
         data = self.config.data
         source = open_source(data.train)
+        listing = catalogue(source, self.image_size)  # decodes every picture, once for all streams
         return {
             name: Stream(
                 EmojiDocuments(
@@ -61,6 +67,7 @@ class FlamingoTask:
                     end_id=self.end_id,
                     augment=transforms.Augmentation(**data.augment),
                     next_rate=data.next_rate,
+                    listing=listing,
                 ),
                 part.batch_size,
                 part.weight,

@@ -1,6 +1,6 @@
 """How a step grows with the pod: from 8 chips to 4,096, with as many examples on each.
 
-    python -m launch.planning.growth --config configs/clip/vit_l14_336.py --output launch/planning/growth.md
+    python -m launch.planning.growth --config configs/clip/vit_l14_336.py --table launch/planning/growth.md
 
 Writes a table in Markdown, after each topology; one that stands there already is not compiled again.
 """
@@ -27,13 +27,13 @@ step by the roofline | MFU at best | examples/s |
 """
 
 PER_CHIP = flags.DEFINE_integer("per_chip", 64, "Examples on each chip.")
-OUTPUT = flags.DEFINE_string("output", None, "The Markdown file.")
+TABLE = flags.DEFINE_string("table", None, "The Markdown file.")
 
 
 def main(config: ml_collections.ConfigDict) -> None:
-    if not OUTPUT.value:
-        raise ConfigError("--output is missing: name a Markdown file")
-    path = Path(OUTPUT.value)
+    if not TABLE.value:
+        raise ConfigError("--table is missing: name a Markdown file")
+    path = Path(TABLE.value)
     rows = dict(re.findall(r"^(\| (\S+:\S+) .*\|)$", path.read_text(), re.M)) if path.exists() else {}
     done = {name: row for row, name in rows.items()}
     for name in TOPOLOGIES:
