@@ -48,6 +48,7 @@ def optimized(state: train_state.TrainState) -> set[str]:
     return {found[0] for found in keys if found}
 
 
+@pytest.mark.slow
 def test_the_tower_of_another_clip_stays_as_it_was(clip: Path, tmp_path: Path) -> None:
     config = config_of(clip)
     state = train(config, ClipTask(config, one()), tmp_path, one())
@@ -75,6 +76,7 @@ def imported(tmp_path: Path) -> ml_collections.ConfigDict:
     return config
 
 
+@pytest.mark.slow
 def test_an_imported_tower_gives_its_peer_s_features(tmp_path: Path) -> None:
     config = imported(tmp_path)
     task: Any = ClipTask(config, one())

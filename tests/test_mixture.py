@@ -28,6 +28,7 @@ def mixed(micro_batches: int = 1, **parts: Any) -> ml_collections.ConfigDict:
 TWO = {"seen": data_set("emoji:train", 16, 1.0), "few": data_set("emoji:unseen_concepts", 8, 0.3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "micro_batches"), [(1, 1), (4, 2)])
 def test_gradients_are_the_weighted_sum_of_separate_ones(devices: int, micro_batches: int) -> None:
     mesh = sharding.make_mesh({"fsdp": devices}, jax.devices()[:devices])

@@ -76,7 +76,9 @@ def assert_gradients_close(got: Any, exact: Any, tolerance: float = 1e-5) -> Non
             assert error <= cancels * tolerance * np.abs(e).max(), f"{name}: {error} of {np.abs(e).max()}"
 
 
-@pytest.mark.parametrize("name", ["debug-ViT", "debug-RN", "debug-NFNet"])
+@pytest.mark.parametrize(
+    "name", ["debug-ViT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("debug-RN", "debug-NFNet"))]
+)
 def test_gradients_of_both_towers_are_the_float64_ones(name: str, data_mesh: Mesh) -> None:
     config = get_variant(name)
     config.vision.image_size = 64  # so that the ResNet ends in more than one place

@@ -131,7 +131,9 @@ def test_a_swapped_table_reaches_the_program() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
-@pytest.mark.parametrize("name", ["debug-ViT", "debug-RN", "debug-NFNet"])
+@pytest.mark.parametrize(
+    "name", ["debug-ViT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("debug-RN", "debug-NFNet"))]
+)
 def test_every_mesh_of_8_gives_the_same_loss_and_gradients(name: str, shape: tuple[int, int, int]) -> None:
     # Large enough that the ResNet's last BatchNorm has more than the batch to go by.
     model, boxed, batch = setup(name, 64)

@@ -107,6 +107,7 @@ def test_berts_in_the_wild(tmp_path: Path) -> None:
         assert np.array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_imported_tower(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """`clip-jax import` writes what `config.init.vision` reads: the tower of a config of these sizes, and no other."""
     cli.main(["import", f"timm:{NFNET}", str(tmp_path / "run"), "--image-size", "64", "--embed-dim", "32"])
