@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def bag_of_words_losses(logits_BxV: jax.Array, text_BxL: jax.Array, start_id: int | None, end_id: int) -> jax.Array:
     """-log p of a text's words, the mean over its distinct ones, in nats. [B], float32 or wider.
 
-    p is a softmax over the vocabulary: the multi-class logistic loss of arXiv 1511.02251 §3, which found it better
-    than a logistic loss for each word, here with the same weight for every text. Words are the ids between the
+    p is a softmax over the vocabulary: a multi-class logistic loss, as in arXiv 1511.02251, here with the same
+    weight for every text. Words are the ids between the
     start token and the first end token. A text without any has the loss 0.
     """
     logits_BxV = logits_BxV.astype(jnp.promote_types(logits_BxV.dtype, jnp.float32))
