@@ -5,6 +5,7 @@ Names and defaults: transformers, `models/llama`, `gpt2`, `gpt_neox`, `opt` and 
 and the one before (`rope_theta`, `rotary_pct`).
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -130,12 +131,34 @@ def _mosaic_name(name: str) -> str:
     return name
 
 
-def _rope(config: Fields, older_theta: str = "rope_theta") -> tuple[float, Fields]:
-    """(theta, the object that says the rest)."""
-    parameters = config.object("rope_parameters" if "rope_parameters" in config.values else "rope_scaling")
-    key = "type" if "type" in parameters.values else "rope_type"
-    parameters.only(key, "default")
-    return parameters.number("rope_theta", config.number(older_theta, 10000.0)), parameters
+def _rope(config: Fields, older_theta: str = "rope_theta") -> tuple[dict[str, Any], Fields]:
+    """(the fields of `DecoderSpec`, the object that says the rest). Of the scalings, "dynamic" and "longrope" change
+    with the length of a text; they are refused.
+    """
+    said = config.object("rope_parameters" if "rope_parameters" in config.values else "rope_scaling")
+    key = "rope_type" if "rope_type" in said.values else "type"
+    kinds = {"default": "none"} | {name: name for name in ("linear", "llama3", "yarn")}
+    kind = said.choice(key, kinds, "default")
+    fields: dict[str, Any] = dict(rope_theta=said.number("rope_theta", config.number(older_theta, 10000.0)))
+    if kind == "none":
+        return fields, said
+    factor = said.number("factor")
+    fields |= dict(rope_scaling=kind, rope_factor=factor)
+    if kind == "linear":
+        return fields, said
+    original = "original_max_position_embeddings"
+    longest = said.integer(original, config.integer("max_position_embeddings", 2048))
+    fields |= dict(rope_original=config.integer(original, longest))
+    if kind == "llama3":
+        fields |= dict(rope_low=said.number("low_freq_factor"), rope_high=said.number("high_freq_factor"))
+    else:
+        said.only("truncate", True)
+        fields |= dict(rope_low=said.number("beta_slow", 1.0), rope_high=said.number("beta_fast", 32.0))
+        scales = (said.number("mscale", 0.0), said.number("mscale_all_dim", 0.0))
+        above, below = scales if all(scales) else (1.0, 0.0)
+        magnitude = [1 + 0.1 * scale * math.log(max(factor, 1.0)) for scale in (above, below)]
+        fields |= dict(rope_magnitude=said.number("attention_factor", magnitude[0] / magnitude[1]))
+    return fields, said
 
 
 def llama_fields(config: Fields) -> dict[str, Any]:
@@ -151,7 +174,7 @@ def llama_fields(config: Fields) -> dict[str, Any]:
         heads=heads,
         kv_heads=config.integer("num_key_value_heads", heads),
         mlp_width=config.integer("intermediate_size"),
-        rope_theta=_rope(config)[0],
+        **_rope(config)[0],
         norm_eps=config.number("rms_norm_eps", 1e-6),
         tied=config.flag("tie_word_embeddings", False),
     )
@@ -182,7 +205,7 @@ def _gpt2_fields(config: Fields) -> dict[str, Any]:
 def _neox_fields(config: Fields) -> dict[str, Any]:
     config.only("attention_bias", True)
     heads = config.integer("num_attention_heads", 64)
-    theta, rope = _rope(config, "rotary_emb_base")
+    fields, rope = _rope(config, "rotary_emb_base")
     return dict(
         vocab_size=config.integer("vocab_size", 50432),
         width=config.integer("hidden_size", 6144),
@@ -192,7 +215,7 @@ def _neox_fields(config: Fields) -> dict[str, Any]:
         mlp_width=config.integer("intermediate_size", 24576),
         norm="layer",
         norm_eps=config.number("layer_norm_eps", 1e-5),
-        rope_theta=theta,
+        **fields,
         rotary_fraction=rope.number("partial_rotary_factor", config.number("rotary_pct", 0.25)),
         activation=config.choice("hidden_act", GELUS, "gelu"),
         parallel_residual=config.flag("use_parallel_residual", True),

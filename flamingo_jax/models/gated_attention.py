@@ -37,6 +37,8 @@ class GatedSpec:
 class GatedCrossAttention(nn.Module):
     """x + tanh(a)·attention(norm(x) → images), then x + tanh(b)·feed-forward(norm(x)); a and b start at 0.
 
+    Without `dense` there is no feed-forward.
+
     `key_value` are made once for each block and document (`keys_values`), so that generation reuses them.
     A token that may attend no image gets exactly zero from the attention.
     """
@@ -46,6 +48,7 @@ class GatedCrossAttention(nn.Module):
     head_size: int
     media_width: int
     spec: GatedSpec = GatedSpec()
+    dense: bool = True
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
@@ -57,16 +60,18 @@ class GatedCrossAttention(nn.Module):
             self.media_norm = self._norm()
         if spec.qk_norm:
             self.query_norm, self.key_norm = self._norm(), self._norm()
-        self.mlp_norm = self._norm()
         self.query = Projection("BLD,DHK->BLHK", (D, H, K), axes, D**-0.5, self.dtype)
         self.key = Projection("BSC,CHK->BSHK", (C, H, K), axes, C**-0.5, self.dtype)
         self.value = Projection("BSC,CHK->BSHK", (C, H, K), axes, C**-0.5, self.dtype)
         self.out = Projection("BLHK,HKD->BLD", (H, K, D), ("heads", "head_size", "embed"), (H * K) ** -0.5, self.dtype)
-        self.mlp = FeedForward(spec.mlp_width or 4 * D, spec.activation, self.dtype)
+        shape, names = ((D,), ("residual",)) if spec.vector_gate else ((), ())
         if spec.gate == "tanh":
-            shape, names = ((D,), ("residual",)) if spec.vector_gate else ((), ())
             self.attention_gate = self.param("attention_gate", zeros(*names), shape)
-            self.mlp_gate = self.param("mlp_gate", zeros(*names), shape)
+        if self.dense:
+            self.mlp_norm = self._norm()
+            self.mlp = FeedForward(spec.mlp_width or 4 * D, spec.activation, self.dtype)
+            if spec.gate == "tanh":
+                self.mlp_gate = self.param("mlp_gate", zeros(*names), shape)
 
     def _norm(self) -> nn.Module:
         spec = self.spec
@@ -90,6 +95,8 @@ class GatedCrossAttention(nn.Module):
         gated = self.spec.gate == "tanh"
         x_BxLxD = x_BxLxD + (jnp.tanh(self.attention_gate).astype(self.dtype) * y if gated else y)
         x_BxLxD = nn.with_logical_constraint(x_BxLxD, RESIDUAL)
+        if not self.dense:
+            return x_BxLxD, None
         y = self.mlp(self.mlp_norm(x_BxLxD))
         x_BxLxD = x_BxLxD + (jnp.tanh(self.mlp_gate).astype(self.dtype) * y if gated else y)
         return nn.with_logical_constraint(x_BxLxD, RESIDUAL), None

@@ -3,17 +3,19 @@
 Dimension letters: see `layers.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clip_jax.errors import ConfigError
 from clip_jax.models.layers import RESIDUAL, Array, layer_norm, normal, zeros
 from flamingo_jax.models.layers import ACTIVATIONS, Projection, RMSNorm, feed_forward
-from flamingo_jax.models.positions import alibi, relative_logits, rotary, sinusoids
+from flamingo_jax.models.positions import RopeScaling, alibi, frequencies, relative_logits, rotary, sinusoids
 
 KeyValue = tuple[Array, Array]  # of one block, [B, J, S, K] each
 
@@ -21,6 +23,7 @@ CHOICES = {
     "norm": ("rms", "layer"),
     "positions": ("rotary", "learned", "alibi", "relative"),
     "activation": ("swiglu", *ACTIVATIONS),
+    "rope_scaling": ("none", "linear", "llama3", "yarn"),
 }
 
 
@@ -40,6 +43,12 @@ class DecoderSpec:
     positions: str = "rotary"  # or "learned", "alibi" (arXiv 2108.12409), "relative" (Transformer-XL, 1901.02860)
     rope_theta: float = 10000.0
     rotary_fraction: float = 1.0  # of each head
+    rope_scaling: str = "none"  # or "linear", "llama3", "yarn": see `positions.RopeScaling`, whose fields follow
+    rope_factor: float = 1.0
+    rope_original: int = 0
+    rope_low: float = 1.0
+    rope_high: float = 1.0
+    rope_magnitude: float = 1.0
     max_positions: int = 0  # learned ones
     position_offset: int = 0  # rows of their table that no token uses, at its start
     activation: str = "swiglu"
@@ -61,6 +70,13 @@ class DecoderSpec:
             raise ConfigError(
                 f"language model: {self.rotary_size} of head size {self.head_size} is odd; positions rotate pairs"
             )
+        mixed = self.rope_scaling in ("llama3", "yarn")
+        if self.rope_factor <= 0 or (mixed and not (0 < self.rope_low < self.rope_high and self.rope_original > 0)):
+            raise ConfigError(
+                f"language model: rope_scaling {self.rope_scaling!r} with rope_factor {self.rope_factor}, rope_low "
+                f"{self.rope_low}, rope_high {self.rope_high}, rope_original {self.rope_original}; expected numbers "
+                "above 0, and low < high"
+            )
         if self.positions == "learned" and self.max_positions < 1:
             raise ConfigError(f"language model: max_positions is {self.max_positions}; learned ones need at least 1")
 
@@ -72,11 +88,20 @@ class DecoderSpec:
     def rotary_size(self) -> int:
         return int(self.head_size * self.rotary_fraction)
 
+    @property
+    def rotary_frequencies(self) -> np.ndarray:
+        """float64 [rotary_size/2]: see `positions.frequencies`."""
+        scaling = RopeScaling(
+            self.rope_scaling, self.rope_factor, self.rope_original, self.rope_low, self.rope_high, self.rope_magnitude
+        )
+        return frequencies(self.rotary_size, self.rope_theta, scaling)
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)): (x, keys and values of all slots).
 
-    With a cache, keys and values are written into it from slot `start` on.
+    With a cache, keys and values are written into it from slot `start` on. `between` is applied to x between the two;
+    where the residual is parallel nothing is.
 
     Slots: the place of a query or key in the row, padding included. Relative positions are differences of slots,
     which are those of tokens, as padding stands before or after a text.
@@ -87,13 +112,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: Array, position_BxL: Array, mask_BxLxS: Array, cache: KeyValue | None = None, start: Any = 0
-    ) -> tuple[Array, KeyValue]:
+        self, x_BxLxD: Array, position_BxL: Array, mask_BxLxS: Array, cache: KeyValue | None = None, start: Any = 0,
+        between: Callable[[Array], Array] = lambda x: x,
+    ) -> tuple[Array, KeyValue]:  # fmt: skip
         y, kept = self.attention(self.norm("attention_norm")(x_BxLxD), position_BxL, mask_BxLxS, cache, start)
         if self.spec.parallel_residual:
             y = y + self.feed_forward(self.norm("mlp_norm")(x_BxLxD))
             return nn.with_logical_constraint(x_BxLxD + y, RESIDUAL), kept
-        x_BxLxD = nn.with_logical_constraint(x_BxLxD + y, RESIDUAL)
+        x_BxLxD = between(nn.with_logical_constraint(x_BxLxD + y, RESIDUAL))
         y = self.feed_forward(self.norm("mlp_norm")(x_BxLxD))
         return nn.with_logical_constraint(x_BxLxD + y, RESIDUAL), kept
 
@@ -121,8 +147,8 @@ class Block(nn.Module):
 
         q, k, v = project("query", H, "heads"), project("key", J, "kv_heads"), project("value", J, "kv_heads")
         if spec.positions == "rotary":
-            q = rotary(q, position_BxL, spec.rope_theta, spec.rotary_size)
-            k = rotary(k, position_BxL, spec.rope_theta, spec.rotary_size)
+            q = rotary(q, position_BxL, spec.rotary_frequencies, spec.rope_magnitude)
+            k = rotary(k, position_BxL, spec.rotary_frequencies, spec.rope_magnitude)
         q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_size"))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as the products below read them: a cache is never transposed
         if cache is not None:

@@ -1,26 +1,68 @@
 """How a decoder knows where a token stands. Dimension letters: see `layers.py`; T distances."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from clip_jax.models.layers import Array
 
 ALIBI_MAX = 8  # the steepest head's slope is 2^(-8 / heads), the flattest one's 2^-8
 
 
-def rotary(x_BxLxHxK: Array, position_BxL: Array, theta: float, size: int) -> Array:
-    """Rotates the pairs (i, i + size/2) by position · theta^(-2i/size), as LLaMA in Hugging Face's layout does.
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a text longer than the pretraining's `original` positions is read: `kind` is "none", "linear" (every
+    frequency divided by `factor`, arXiv 2306.15595), "llama3" (arXiv 2407.21783) or "yarn" (arXiv 2309.00071).
 
-    The rest of each head, beyond `size`, stays (GPT-NeoX).
+    Of the latter two, a frequency that turns more than `high` times within `original` stays, one that turns less
+    than `low` times is divided, and those between are mixed. Cosines and sines are multiplied by `magnitude` (YaRN).
     """
+
+    kind: str = "none"
+    factor: float = 1.0
+    original: int = 0
+    low: float = 1.0
+    high: float = 1.0
+    magnitude: float = 1.0
+
+
+def frequencies(size: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Radians for each position, of each pair: theta^(-2i/size), scaled. float64 [size/2].
+
+    "llama3" mixes in proportion to the turns, "yarn" in proportion to the pair's number, between the two pairs
+    (rounded outwards) that turn `high` and `low` times: as in transformers, `modeling_rope_utils.py`.
+    """
+    pair = np.arange(size // 2)
+    plain = theta ** (-2 * pair / size)
+    if scaling.kind == "none":
+        return plain
+    kept = np.zeros(len(pair))  # the share of the frequency that is not divided
+    if scaling.kind == "llama3":
+        turns = scaling.original * plain / (2 * math.pi)
+        kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    elif scaling.kind == "yarn":
+        first, last = (
+            size * math.log(scaling.original / (2 * math.pi * turns)) / (2 * math.log(theta))
+            for turns in (scaling.high, scaling.low)
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
+        kept = 1 - np.clip((pair - first) / max(last - first, 1e-3), 0, 1)
+    return plain * (kept + (1 - kept) / scaling.factor)
+
+
+def rotary(x_BxLxHxK: Array, position_BxL: Array, frequency_F: np.ndarray, magnitude: float = 1.0) -> Array:
+    """Rotates the pairs (i, i + F) by position · frequency, as LLaMA in Hugging Face's layout does.
+
+    Angles, sines and cosines are float32 or wider. The rest of each head, beyond 2·F, stays (GPT-NeoX).
+    """
+    size = 2 * len(frequency_F)
     turning, rest = x_BxLxHxK[..., :size], x_BxLxHxK[..., size:]
-    half = size // 2
     wide = jnp.promote_types(x_BxLxHxK.dtype, jnp.float32)
-    frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
-    angle = position_BxL[..., None, None].astype(wide) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    angle = position_BxL[..., None, None].astype(wide) * jnp.asarray(frequency_F, wide)
+    cos, sin = jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
     first, second = jnp.split(turning.astype(wide), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([turned.astype(x_BxLxHxK.dtype), rest], axis=-1)
