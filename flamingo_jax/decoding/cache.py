@@ -30,7 +30,7 @@ class Cache(NamedTuple):
     text: tuple[KeyValue, ...]  # keys and values [Q, J, S, K] of every block's self-attention
     media: tuple[KeyValue, ...]  # keys and values [B, H, T·R, K] of every gated block: computed once a prompt
     text_mask: Array  # [Q, S]: slots that hold a token
-    media_mask: Array  # [Q, T]: images that the last token attends, and so the next one does
+    media_mask: Array  # [Q, T]: images (see `Flamingo.image_mask`) that the last token attends, and the next one will
     length: Array  # [Q] int32: tokens so far, which are the next one's position
     start: Array  # int32: the next free slot
 
@@ -52,7 +52,8 @@ def unstack(variables: Variables) -> Variables:
 
     lm = params["language_model"]
     lm = {**lm, "blocks": split(lm["blocks"])}
-    return {**variables, "params": {**params, "gated": split(params["gated"]), "language_model": lm}}
+    more = {name: split(params[name]) for name in ("gated", "grafted") if name in params}
+    return {**variables, "params": {**params, **more, "language_model": lm}}
 
 
 def prefill(model: Flamingo, variables: Variables, batch: Batch, room: int) -> tuple[Array, Cache]:
@@ -60,7 +61,8 @@ def prefill(model: Flamingo, variables: Variables, batch: Batch, room: int) -> t
 
     Returns: (logits of the next token [B, V + E], the cache).
     """
-    text_mask, media_mask = batch["text_mask"].astype(bool), batch["media_mask"].astype(bool)
+    text_mask = batch["text_mask"].astype(bool)
+    media_mask = model.image_mask(batch["media_mask"].astype(bool), batch["frame_mask"].astype(bool))
     P = text_mask.shape[1]
     media = _look(model, variables, batch["media"], batch["frame_mask"])
     x = model.apply(variables, batch["text"], method="embed")
@@ -88,7 +90,8 @@ def extend(
     """Reads L more tokens of every row at once: (logits [Q, L, V + E], the longer cache).
 
     Padding may stand anywhere. But where positions are relative or ALiBi they count slots: what follows a shorter
-    row's padding then stands too far away. Without a `media_mask` tokens attend the images that the last one did.
+    row's padding then stands too far away. Without a `media_mask` (see `Flamingo.image_mask`) tokens attend the images
+    that the last one did.
 
     Raises ConfigError where the cache has no room left, and (not inside jit) where fewer than L slots are free.
     """
@@ -147,7 +150,8 @@ def add_media(
     """The cache with more images after those that it has, which no token attends yet: the next turn of a chat."""
     more = _look(model, variables, media_BxTxFxSxSx3, frame_mask_BxTxF)
     joined = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=2), cache.media, more)
-    unseen = ((0, 0), (0, media_BxTxFxSxSx3.shape[1]))
+    T, F = frame_mask_BxTxF.shape[1:]
+    unseen = ((0, 0), (0, T if model.resampler.has_latents else T * F))
     return _place(cache._replace(media=joined, media_mask=jnp.pad(cache.media_mask, unseen)))
 
 
