@@ -38,7 +38,7 @@ def published() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("row", [row for row in ablations.ROWS if row])
-def test_every_row_has_the_papers_number_of_parameters_and_a_gradient(row: str) -> None:
+def test_every_row_has_the_papers_number_of_parameters_and_a_loss(row: str) -> None:
     boxed = jax.eval_shape(lambda: initial_params(load_config(f"{FILE}:{row}").model))
     sharding.check_names(boxed, sharding.DEFAULT_RULES)
     count = sum(leaf.size for leaf in jax.tree.leaves(sharding.unbox(boxed)))
@@ -47,8 +47,8 @@ def test_every_row_has_the_papers_number_of_parameters_and_a_gradient(row: str) 
     assert math.isclose(count / 1e9, expected, abs_tol=tolerance), count
 
     task, parts, batch = debug_task(row)
-    (loss, _), gradient = jax.eval_shape(jax.value_and_grad(task.loss, has_aux=True), *parts, batch, jax.random.key(0))
-    assert loss.shape == () and jax.tree.structure(gradient) == jax.tree.structure(parts[0])
+    loss, _ = jax.eval_shape(task.loss, *parts, batch, jax.random.key(0))
+    assert loss.shape == ()
 
 
 def debug_task(row: str) -> tuple[FlamingoTask, tuple[Any, Any, Any], dict[str, jax.ShapeDtypeStruct]]:
@@ -69,6 +69,7 @@ def debug_task(row: str) -> tuple[FlamingoTask, tuple[Any, Any, Any], dict[str, 
     return task, (trained, frozen, state), {key: jax.ShapeDtypeStruct(*value) for key, value in shapes.items()}
 
 
+@pytest.mark.slow
 def test_two_rows_are_trained() -> None:
     """One step of gradient descent lowers the loss, and whatever is trained has a gradient."""
     for row in ("vanilla", "transformer"):
@@ -86,9 +87,8 @@ def test_two_rows_are_trained() -> None:
         step = jax.jit(jax.value_and_grad(lambda t, b, f=frozen, s=state, k=task: k.loss(t, f, s, b, None)[0]))
         before, gradient = step(trained, batch)
         named = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(gradient)}
-        # No text holds the extra token; what stands before a softmax's keys is the same for all of them.
         still = {name for name, x in named.items() if not float(jnp.abs(x).max())}
-        assert still <= {"['extra_embedding']"}, still
+        assert still <= {"['extra_embedding']"}, still  # no text holds the extra token
         after, _ = step(jax.tree.map(lambda x, g: x - 0.02 * g, trained, gradient), batch)
         assert float(after) < float(before)
 
@@ -160,9 +160,8 @@ def norm(x: np.ndarray, p: Any) -> np.ndarray:
 
 def attend(x: np.ndarray, context: np.ndarray, p: Any, seen: np.ndarray, turn: Any = None) -> np.ndarray:
     """One query, head and key at a time. x [L, D], context [S, C], seen [L, S]."""
-    q, k, v = (
-        np.tensordot(y, p[name]["kernel"], 1) for name, y in (("query", x), ("key", context), ("value", context))
-    )
+    inputs = {"query": x, "key": context, "value": context}
+    q, k, v = (np.tensordot(y, p[name]["kernel"], 1) for name, y in inputs.items())
     q, k = (q, k) if turn is None else (turn(q), turn(k))
     heads = q.shape[1] // k.shape[1]
     out = np.zeros_like(q)

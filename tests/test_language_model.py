@@ -16,6 +16,7 @@ from clip_jax.errors import ConfigError
 from flamingo_jax.interop import huggingface
 from flamingo_jax.models import flamingo
 from flamingo_jax.models.language_model import DecoderSpec, LanguageModel, causal_mask, positions
+from flamingo_jax.models.positions import rotary
 
 CASES = ("lm_llama", "lm_gpt2", "lm_neox", "lm_opt", "lm_mpt")
 TINY: dict[str, Any] = dict(vocab_size=50, width=24, layers=2, heads=6, kv_heads=2, mlp_width=40)
@@ -58,6 +59,39 @@ def test_logits_are_hugging_faces(case: str) -> None:
         with jax.default_matmul_precision("highest"):
             got = apply({"params": params}, inputs[f"{side}_input_ids"], mask.astype(bool))
         assert_close(got * mask[..., None], expected[f"logits_{side}"], tolerance)
+
+
+@pytest.mark.parametrize("name", ["linear", "llama3", "yarn", "yarn_mscale"])
+def test_rotary_scaling_is_hugging_faces(name: str) -> None:
+    """Beyond the original positions, with padding on either side; transformers computes frequencies in float32."""
+    where = ORACLES / "rope_scaling"
+    inputs, expected = (np.load(where / f"{part}.npz") for part in ("inputs", "expected"))
+    config = json.loads((ORACLES / "lm_llama" / "config.json").read_text())
+    rope = json.loads((where / "cases.json").read_text())["cases"][name] | {"rope_theta": 50000.0}
+    fields = huggingface.model_fields(config | {"rope_parameters": rope}, "config.json")[1]
+    plain, params = model_and_params("lm_llama")
+    with jax.default_matmul_precision("highest"):
+        got, other = (
+            np.take_along_axis(
+                np.asarray(jax.jit(LanguageModel(spec).apply)({"params": params}, inputs["ids"], inputs["mask"])),
+                inputs["last"][..., None],
+                axis=1,
+            )
+            for spec in (DecoderSpec(**fields), plain.spec)
+        )
+    assert_close(got, expected[name], 1e-5)
+    assert np.abs(other - expected[name]).max() > 100e-5 * np.abs(expected[name]).max()
+
+
+def test_rotary_angles_are_float32_whatever_the_model_computes_in() -> None:
+    """In bfloat16 position 100,001 would be 99,840, and a radian about it lost."""
+    spec = DecoderSpec(**TINY | dict(rope_scaling="llama3", rope_factor=8.0, rope_original=8192, rope_high=4.0))
+    x, position = np.ones((1, 1, 1, spec.head_size)), np.array([[100_001]])
+    got = rotary(jnp.asarray(x, jnp.bfloat16), jnp.asarray(position), spec.rotary_frequencies)
+    angle = position[..., None, None] * spec.rotary_frequencies
+    expected = np.concatenate([np.cos(angle) - np.sin(angle), np.cos(angle) + np.sin(angle)], axis=-1)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=0.02)
 
 
 def dense(spec: DecoderSpec, params: Any, text_L: np.ndarray) -> np.ndarray:
@@ -179,6 +213,9 @@ def test_every_axis_has_a_rule(name: str) -> None:
         ({"positions": "absolute"}, "positions is 'absolute'; expected one of rotary, learned, alibi, relative"),
         ({"activation": "elu"}, "activation is 'elu'; expected one of swiglu, "),
         ({"positions": "learned"}, "max_positions is 0; learned ones need at least 1"),
+        ({"rope_scaling": "dynamic"}, "rope_scaling is 'dynamic'; expected one of none, linear, llama3, yarn"),
+        ({"rope_scaling": "linear", "rope_factor": 0.0}, "'linear' with rope_factor 0.0, .*expected numbers above 0"),
+        ({"rope_scaling": "yarn", "rope_original": 8}, "rope_low 1.0, rope_high 1.0, .* and low < high"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changed: dict[str, Any], message: str) -> None:
