@@ -187,11 +187,24 @@ def test_thirty_frames_take_the_times_between_those_of_eight() -> None:
     at = np.linspace(0, 7, 30)
     expected = np.stack([np.interp(at, np.arange(8), np.asarray(trained)[:, d]) for d in range(5)], axis=1)
     np.testing.assert_allclose(got, expected, atol=1e-5)
-    model, batch = build(), make_batch()  # trained with 3 frames
-    long = batch | {"media": np.repeat(batch["media"], 4, axis=2), "frame_mask": np.ones((B, T, 8), bool)}
-    assert np.isfinite(np.asarray(model.apply(variables_of(model, 0.5), long))).all()
     with pytest.raises(ConfigError, match="without a frame"):
         interpolate_time(trained, 0)
+
+
+def test_a_clip_of_thirty_frames_is_seen_with_eight_frames_interpolated_embeddings(mesh: Mesh) -> None:
+    """As a model sees it that was trained with 30, at those embeddings (arXiv 2204.14198, appendix A.1.1)."""
+    resampler = get_variant("debug").resampler.to_dict()
+    eight, thirty = (build(resampler=resampler | {"frames": frames}) for frames in (8, 30))
+    variables = variables_of(eight, 0.5)
+    batch = make_batch()
+    clips = np.random.default_rng(3).normal(size=(B, 1, 30, S, S, 3)).astype(np.float32)
+    batch |= {"media": clips, "frame_mask": np.ones((B, 1, 30), bool), "media_mask": batch["media_mask"][..., :1]}
+    trained = np.asarray(variables["params"]["resampler"]["time_embedding"], np.float64)
+    between = np.stack([np.interp(np.linspace(0, 7, 30), np.arange(8), column) for column in trained.T], axis=1)
+    params = variables["params"]
+    known = {**params, "resampler": {**params["resampler"], "time_embedding": jnp.asarray(between, jnp.float32)}}
+    got = run(eight, variables, batch, mesh)
+    assert_close(got, run(thirty, variables | {"params": known}, batch, mesh))
 
 
 def left_padded(batch: Batch, pads: np.ndarray) -> Batch:

@@ -6,7 +6,7 @@ or addresses, and no more of it is decoded than a clip needs.
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def _shown(container: Any, wanted: list[float], key: str) -> tuple[list[Image.Im
     return found, end
 
 
-def _decoded(container: Any, stream: Any, key: str) -> Iterator[Any]:
+def _decoded(container: Any, stream: Any, key: str) -> Generator[Any, None, None]:
     """At most MAX_DECODED frames, in the order in which they are shown."""
     for number, frame in enumerate(container.decode(stream)):
         if number == MAX_DECODED:

@@ -6,6 +6,7 @@ on the right; of each the last 6 tokens.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ mask = np.ones((3, 60), np.int64)
 mask[1, :9], mask[2, 50:] = 0, 0
 last = np.array([59, 59, 49])[:, None] + np.arange(-5, 1)
 position = np.maximum(mask.cumsum(1) - 1, 0)
-expected = {}
+expected: dict[str, Any] = {}
 for name, rope in CASES.items():
     config = transformers.AutoConfig.from_pretrained(LLAMA)
     config.rope_parameters = {**rope, "rope_theta": 50000.0}
