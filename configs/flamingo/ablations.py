@@ -68,9 +68,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if row not in ROWS:
         raise ConfigError(f"ablation {row!r}: expected one of {', '.join(filter(None, ROWS))}, or one of them,debug")
     config = quickstart("debug") if size else baseline()
-    with config.unlocked():
-        for key, value in ROWS[row].items():
-            config.update_from_flattened_dict({key: value})
+    config.update_from_flattened_dict(ROWS[row])
     if row in TOWERS:
         clip = clip_variants.get_variant(TOWERS[row][bool(size)])
         config.model.vision, config.model.activation = clip.vision, clip.activation
