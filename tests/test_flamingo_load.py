@@ -1,6 +1,5 @@
 """Flamingos by name: the peers' logits and tokens from what their users pass; in as checkpoints of ours, and out."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import ORACLES
+from flamingo_models import IDEFICS, IDEFICS_TOKENS, OPEN_FLAMINGO, arguments, write_tokenizer
 from PIL import Image
 from safetensors.numpy import save_file
 from test_flamingo_interop import assert_close
 from test_flamingo_interop import load as oracle
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import flamingo_jax
 from clip_jax.errors import CheckpointError, ConfigError, UserError
@@ -26,36 +25,6 @@ from flamingo_jax.interop.imported import initial_variables
 from flamingo_jax.loading import Loaded
 from flamingo_jax.models.variants import get_variant
 from flamingo_jax.training.flamingo_task import FlamingoTask
-
-OPEN_FLAMINGO, IDEFICS = ("of_mpt", "of_neox", "of_opt", "of_llama"), ("hf_idefics_float", "hf_idefics_vector")
-IDEFICS_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
-
-
-def write_tokenizer(directory: Path, size: int, special: tuple[str, ...] = (), **settings: str) -> Path:
-    """A tokenizer.json of the words w0, w1, …, of which 1 is <s> and 2 </s>, and of special tokens after them."""
-    directory.mkdir(parents=True, exist_ok=True)
-    words = {f"w{i}": i for i in range(size) if i not in (1, 2)} | {"<s>": 1, "</s>": 2}
-    backend = Tokenizer(models.WordLevel(words, "w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<s>", "</s>", *special])
-    backend.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    return directory / "tokenizer.json"
-
-
-def arguments(case: str, directory: Path, **changed: Any) -> tuple[str, dict[str, Any]]:
-    """What names an oracle's model."""
-    where = ORACLES / case
-    if case in IDEFICS:
-        return f"idefics:{where}", {"tokenizer": write_tokenizer(directory, 90, IDEFICS_TOKENS)} | changed
-    config = oracle(case)[2]["config"]
-    given = dict(
-        language_model=f"hf:{where / 'lm'}",
-        vision=f"open_clip:{where / 'vision'}",
-        preprocess="clip",
-        tokenizer=write_tokenizer(directory, config["eoc_token_id"]),
-    )
-    return f"open_flamingo:{where / 'checkpoint.pt'}", given | changed
 
 
 def load(case: str, directory: Path, **changed: Any) -> Loaded:
