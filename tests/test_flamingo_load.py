@@ -54,6 +54,12 @@ def test_open_flamingos_inputs_give_its_logits(case: str, expected: str, tmp_pat
     assert model.report.summary() in report and not model.report.missing
 
 
+def test_a_tokenizer_may_hold_the_added_tokens_already(tmp_path: Path) -> None:
+    plain = load("of_opt", tmp_path)
+    whole = write_tokenizer(tmp_path / "whole", plain.convention.end_id, ("<|endofchunk|>", "<image>"))
+    assert load("of_opt", tmp_path, tokenizer=whole).convention == plain.convention
+
+
 def test_idefics_inputs_give_its_logits_and_tokens(tmp_path: Path) -> None:
     inputs, outputs, meta = oracle("hf_idefics_vector")
     model = load("hf_idefics_vector", tmp_path)
