@@ -16,6 +16,8 @@ from test_flamingo_interop import load as oracle
 
 import flamingo_jax
 from clip_jax.errors import CheckpointError, ConfigError, UserError
+from clip_jax.interop import huggingface
+from clip_jax.interop import published as clip_published
 from clip_jax.interop.tensors import read_tensors
 from clip_jax.sharding import make_mesh, unbox
 from clip_jax.training import checkpoint
@@ -58,6 +60,14 @@ def test_a_tokenizer_may_hold_the_added_tokens_already(tmp_path: Path) -> None:
     plain = load("of_opt", tmp_path)
     whole = write_tokenizer(tmp_path / "whole", plain.convention.end_id, ("<|endofchunk|>", "<image>"))
     assert load("of_opt", tmp_path, tokenizer=whole).convention == plain.convention
+
+
+def test_a_tower_from_another_format(tmp_path: Path) -> None:
+    clip = clip_published.read(f"open_clip:{ORACLES / 'of_opt' / 'vision'}", preprocess="clip")
+    huggingface.write_directory(tmp_path / "clip", clip.config, clip.variables, clip.preprocess)
+    model = load("of_opt", tmp_path, vision=f"hf:{tmp_path / 'clip'}", preprocess=None)
+    assert same(model.params, load("of_opt", tmp_path).params)
+    assert "used     vision: vision_model.post_layernorm.weight → params/vision/ln_post/scale\n" in str(model.report)
 
 
 def test_idefics_inputs_give_its_logits_and_tokens(tmp_path: Path) -> None:
@@ -175,7 +185,9 @@ def test_what_does_not_fit_is_one_line_before_anything_is_computed(our_run: Path
     shifted = write_tokenizer(tmp_path / "shifted", 80, IDEFICS_TOKENS)
     long = write_tokenizer(tmp_path / "long", 91, IDEFICS_TOKENS)
     spec, given = arguments("of_opt", tmp_path / "of")
-    none = tmp_path / "none"
+    eye = f"open_clip:{ORACLES / 'openai_clip_vit'}"
+    none, other = tmp_path / "none", tmp_path / "other"
+    checkpoint.write(other, {"params.text": {"text": {"x": np.zeros(1)}}}, {"model": {"family": "clip"}})
     none.mkdir()
     for run, message in [
         (lambda: flamingo_jax.load(spec, **given | {"language_model": None}), "pass language_model=hf:DIR; the"),
@@ -184,12 +196,14 @@ def test_what_does_not_fit_is_one_line_before_anything_is_computed(our_run: Path
         (lambda: flamingo_jax.load(spec, **given | {"tokenizer": None}), "no tokenizer there (tokenizer.json, "),
         (lambda: flamingo_jax.load(spec, **given | {"tokenizer": short}), "97 rows; expected the tokenizer's 50 and 2"),
         (lambda: flamingo_jax.load(spec, **given | {"dtype": "float33"}), "dtype 'float33': expected float32"),
+        (lambda: flamingo_jax.load(spec, **given | {"vision": eye}), "a tower of width 40; "),
         (lambda: flamingo_jax.load("open_flamingo:"), "open_flamingo:: a path after the colon expected"),
         (lambda: load("hf_idefics_float", tmp_path, tokenizer=plain), "no token <fake_token_around_image>"),
         (lambda: load("hf_idefics_float", tmp_path, tokenizer=shifted), "is 80; the model's trained tokens are 90 to"),
         (lambda: load("hf_idefics_float", tmp_path, tokenizer=long), "has 94 ids; the model has 90 + 3"),
         (lambda: load("hf_idefics_float", tmp_path, vision="openai:x"), "vision and norm_tokens are for open_flamingo"),
         (lambda: flamingo_jax.load(f"idefics:{none}"), "no tokenizer there"),
+        (lambda: flamingo_jax.load(other), "a clip checkpoint; expected one of a Flamingo"),
         (lambda: flamingo_jax.load(none), "no finished checkpoint there"),
         (lambda: flamingo_jax.load(our_run, preprocess="clip"), "are for published weights only (idefics:PATH, open"),
         (lambda: flamingo_jax.load(our_run, tokenizer=short), "no token <|bos|> in the vocabulary; pass tokenizer="),
@@ -232,10 +246,13 @@ def test_missing_and_unused_tensors_are_named_and_may_be_allowed(tmp_path: Path)
     write_tokenizer(tmp_path, 90, IDEFICS_TOKENS, pad_token="w0")
     tensors = read_tensors(ORACLES / "hf_idefics_float")
     tensors["model.extra"] = tensors.pop("model.norm.weight")
+    tensors["lm_head.weight"][0, 0] = np.nan
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 tensors missing \(first: model\.norm\.weight\), 1 tensors unused"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight holds values that are no numbers \(NaN\); allow_nan"):
         flamingo_jax.load(f"idefics:{tmp_path}")
-    model = flamingo_jax.load(f"idefics:{tmp_path}", allow=["model.norm", "model.extra"])
+    with pytest.raises(CheckpointError, match=r"1 tensors missing \(first: model\.norm\.weight\), 1 tensors unused"):
+        flamingo_jax.load(f"idefics:{tmp_path}", allow_nan=True)
+    model = flamingo_jax.load(f"idefics:{tmp_path}", allow=["model.norm", "model.extra"], allow_nan=True)
     assert model.report.missing == ["model.norm.weight"] and model.report.unused == ["model.extra"]
     assert "missing  model.norm.weight\nunused   model.extra\n" in str(model.report)
     assert (model.params["params"]["language_model"]["final_norm"]["scale"] == 1).all()

@@ -65,8 +65,8 @@ def read_open_flamingo(
         key.removeprefix("module."): value for key, value in read_tensors(checkpoint, allow_nan=allow_nan).items()
     }
     clip = published.read(vision, preprocess=preprocess, allow=allow)
-    if "vision" not in clip.towers:
-        raise ConfigError(f"{vision}: a text tower by itself; expected a CLIP or a vision tower")
+    if clip.towers.get("vision", {}).get("kind") != "vit":
+        raise ConfigError(f"{vision}: no ViT; OpenFlamingo looks through those only")
     lm = huggingface.read(language_model, allow=allow, allow_nan=allow_nan)
     family = FAMILIES[lm.family]
     report = Report()
@@ -76,9 +76,12 @@ def read_open_flamingo(
     blocks = {match[1] for key in tensors if (match := re.match(r"perceiver\.layers\.(\d+)\.", key))}
     if latents.ndim != 2 or not len(latents):
         raise CheckpointError(f"{label}: no perceiver.latents of two dimensions; is it a checkpoint of OpenFlamingo?")
+    if latents.shape[1] != clip.config["vision"]["width"]:
+        width = clip.config["vision"]["width"]
+        raise ConfigError(f"{vision}: a tower of width {width}; {label} was trained with one of {latents.shape[1]}")
 
     config = dict(
-        vision=clip.config["vision"] | ({"norm_tokens": norm_tokens} if clip.config["vision"]["kind"] == "vit" else {}),
+        vision=clip.config["vision"] | {"norm_tokens": norm_tokens},
         embed_dim=clip.config["embed_dim"],
         activation=clip.config["activation"],
         dtype="float32",
@@ -105,9 +108,7 @@ def read_open_flamingo(
         extra_head=words.pop("extra_head"),
         language_model=lm.params | words,
     )
-    variables = {"params": params}
-    variables |= {key: {"vision": value["vision"]} for key, value in clip.variables.items() if key != "params"}
-    return ImportedFlamingo(config, variables, clip.preprocess, found, "open_flamingo", parts)
+    return ImportedFlamingo(config, {"params": params}, clip.preprocess, found, "open_flamingo", parts)
 
 
 def _trained(interval: int, added: int, width: int, layers: int, latents: int) -> dict[str, Any]:
