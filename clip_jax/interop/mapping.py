@@ -67,6 +67,19 @@ class Report:
             f"{len(self.ignored)} constants ignored"
         )
 
+    def add(self, name: str, other: "Report") -> None:
+        """Takes in what became of another file's tensors, as `name: KEY`."""
+        self.used |= {f"{name}: {key}": ours for key, ours in other.used.items()}
+        for kind in ("missing", "unused", "ignored"):
+            getattr(self, kind).extend(f"{name}: {key}" for key in getattr(other, kind))
+
+    def __str__(self) -> str:
+        """Every tensor and what became of it, one a line, and the summary."""
+        lines = [f"used     {key} → {', '.join(ours)}" for key, ours in self.used.items()]
+        for kind in ("missing", "unused", "ignored"):
+            lines += [f"{kind:8} {key}" for key in getattr(self, kind)]
+        return "\n".join([*lines, self.summary()])
+
 
 def initial_variables(config: Mapping[str, Any]) -> PyTree:
     """The variables of a model of `get_variant`'s shape, or of the one tower that a config has, drawn from seed 0."""
@@ -159,8 +172,11 @@ def fill(
             (report.ignored if any(re.match(p, key) for p in ignore) else report.unused).append(key)
     report.check(label, allow)
     if left_out:
-        drawn = _flat(sharding.unbox(initial()))
-        found |= {path: np.asarray(drawn[path]) for path in left_out}
+
+        def drawn() -> dict[str, jax.Array]:
+            return {path: x for path, x in _flat(sharding.unbox(initial())).items() if path in left_out}
+
+        found |= {path: np.asarray(x) for path, x in jax.jit(drawn)().items()}  # XLA draws no others
     if unmapped := sorted(shapes.keys() - found.keys()):
         raise CheckpointError(f"{label}: this layout has no {unmapped[0]}")
     return traverse_util.unflatten_dict(found, sep="/"), report
