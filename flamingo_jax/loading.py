@@ -65,8 +65,8 @@ class Loaded:
         Pure, and compiled once for every shape of batch. `options`, and what is raised: see
         `flamingo_jax.decoding.generate`, which also returns lengths and scores.
         """
-        options = {"stop_ids": self.stop_ids, "decode": self.tokenizer.decode} | options
-        return generate(self.model, params, batch, max_new_tokens=max_new_tokens, num_beams=num_beams, **options).tokens
+        chosen: dict[str, Any] = {"stop_ids": self.stop_ids, "decode": self.tokenizer.decode} | options
+        return generate(self.model, params, batch, max_new_tokens=max_new_tokens, num_beams=num_beams, **chosen).tokens
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
