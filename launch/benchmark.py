@@ -1,7 +1,8 @@
 """Speed and memory beside the libraries that users come from: `python -m launch.benchmark flamingo`.
 
 A row runs both sides on the same weights and inputs, in turns, and prints a table. Its libraries come with the extra
-`peers` (`pip install -e ".[peers]"`); a part whose library is absent is named and left out.
+`peers` (`pip install -e ".[peers]"`), but for open_flamingo (`pip install --no-deps open_flamingo einops einops_exts`);
+a part whose library is absent is named and left out.
 """
 
 import argparse

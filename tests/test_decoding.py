@@ -16,6 +16,7 @@ from flamingo_jax.decoding.sampling import Sampling, log_probability
 from flamingo_jax.interop.idefics import read_idefics
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.variants import build_flamingo
+from launch import benchmark
 
 CASE, NEW, V = "hf_idefics_float", 10, 93
 EXPECTED = np.load(ORACLES / "idefics_decoding" / "expected.npz")
@@ -233,3 +234,11 @@ def test_a_log_probability_is_the_models() -> None:
     logits = np.random.default_rng(0).normal(size=(3, 7))
     expected = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(3), [0, 6, 2]]
     np.testing.assert_allclose(log_probability(jnp.asarray(logits), jnp.array([0, 6, 2])), expected, rtol=1e-5)
+
+
+def test_the_benchmark_names_what_is_not_installed(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["benchmark", "flamingo"])
+    benchmark.main()
+    out = capsys.readouterr().out
+    assert "idefics: left out, as transformers, torch is not installed" in out and "open_flamingo: left out" in out

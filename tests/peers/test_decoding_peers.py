@@ -26,7 +26,7 @@ def test_beams_are_transformers(case: str) -> None:
     for penalty, stop in ((1.0, [9, 40]), (0.3, [20, 55]), (2.0, [1, 70])):
         mask = np.arange(P) >= rng.integers(0, P - 3, (B, 1))
         latest = np.arange(P) * (T + 1) // P  # nothing, then the first image, then the second
-        theirs_in = {
+        theirs_in: dict[str, Any] = {
             "input_ids": rng.integers(3, V, (B, P)),
             "attention_mask": mask.astype(np.int64),
             "pixel_values": rng.normal(size=(B, T, 3, 28, 28)).astype(np.float32),
