@@ -9,9 +9,10 @@ from clip_jax.data.sources import IMAGE_SUFFIXES
 from clip_jax.errors import UserError
 from flamingo_jax.data.documents import Media
 from flamingo_jax.data.prompts import see
+from flamingo_jax.data.video import VIDEO_SUFFIXES
 from flamingo_jax.speaker import Speaker
 
-HELP = """/image PATH   show an image; or write its path, in quotes if it has blanks, anywhere in a line
+HELP = """/image PATH   show an image or a video; or write its path, in quotes if it has blanks, anywhere in a line
 /prompt       print all that the model has read
 /reset        forget everything
 /quit         leave (so does the end of the input)"""
@@ -71,12 +72,12 @@ class Chat:
 
 
 def images_in(line: str) -> tuple[str, list[str]]:
-    """A line without the paths of images in it, and these."""
+    """A line without the paths of images and videos in it, and these."""
     paths = []
 
     def take(match: re.Match[str]) -> str:
         word = match[1] or match[2] or match[3].rstrip("?!.,;:")
-        if Path(word).suffix.lower() not in IMAGE_SUFFIXES:
+        if Path(word).suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
             return match[0]
         paths.append(word)
         return match[0][len(word) :] if match[3] else ""

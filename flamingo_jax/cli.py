@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
         one.add_argument("--threads", type=positive, default=4, metavar="N", help="that decode images; default: 4")
 
-    images = "folders, globs, .tar files, images or data sources (emoji:train, tfds:DIRECTORY#SPLIT)"
+    images = "folders, globs, .tar files, images, videos or data sources (emoji:train, tfds:DIRECTORY#SPLIT)"
     caption = talking("caption", caption_command, "Says what images show.")
     caption.add_argument("images", nargs="+", help=images)
     answer = talking("answer", answer_command, "Answers a question about an image, or about each of several.")
@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     choosing(chat, 128)
 
     score = talking("score", score_command, "Says how likely texts are as the caption of an image, or as an answer.")
-    score.add_argument("image", help="an image")
+    score.add_argument("image", help="an image or a video")
     score.add_argument("--text", action="append", required=True, help="one of the texts; may be repeated")
     score.add_argument("--question", metavar="TEXT", help="what the texts answer; by default they are captions")
     prompting(score, "what stands between the image and a text", "what `caption` or `answer` takes")
@@ -148,7 +148,7 @@ def say(arguments: argparse.Namespace, question: str | None) -> None:
     shots = read_shots(arguments.shots, question)
     speaker = speaker_of(arguments, min(arguments.batch_size, len(where)))
     opening = opened(speaker, arguments, shots, question)
-    shape, results, rejected = None, [], []
+    results, rejected = [], []
     # Off a terminal there is no bar.
     with tqdm(total=len(where), desc=arguments.command, unit="images", disable=None, dynamic_ncols=True) as bar:
         for batch in read_ahead(where, speaker, arguments.threads):
@@ -158,10 +158,9 @@ def say(arguments: argparse.Namespace, question: str | None) -> None:
             if not good:
                 continue
             prompts = [opening.ask(media, question) for _, media in good]
-            if shape is None:
-                shape = speaker.shape(prompts)
-                if arguments.show_prompt:
-                    logging.info("%s", prompts[0])
+            if arguments.show_prompt and not results:
+                logging.info("%s", prompts[0])
+            shape = speaker.shape(prompts)  # the same for all, but where videos stand among images
             for (key, _), text in zip(good, speaker.say(prompts, shape), strict=True):
                 results.append({"image": key, "answer" if question else "caption": text})
                 if not arguments.json:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import flamingo_models
 import jax
 import numpy as np
 import pytest
@@ -213,6 +214,24 @@ def test_weights_come_in_and_go_out(idefics: Path, tmp_path: Path, capsys: pytes
     assert str(out / "model.safetensors") in run(capsys, "export", workdir, "idefics", out)
     again = read_tensors(out)
     assert again.keys() == tensors.keys() and all(np.array_equal(again[k], tensors[k]) for k in tensors)
+
+
+def test_an_open_flamingo_is_named_by_its_three_parts(
+    one_device: None, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, given = flamingo_models.arguments("of_opt", tmp_path)
+    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    images = [str(pictures / f"{colour}.png") for colour in COLOURS[:2]]
+    main(["caption", "--model", spec, *options, *images, "--show-prompt", "--prompt", "w5 w7", "--json", *NEW])
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == ["<image>w5 w7"]
+    model = load(spec, **given)
+    ids = [*model.tokenizer.start_ids, model.convention.image[0], *model.tokenizer.encode("w5 w7")]
+    tokens = model.generate(model.params, model.make_batch([[path] for path in images], [ids] * 2), max_new_tokens=4)
+    expected = [model.tokenizer.decode(row).strip() for row in np.asarray(tokens).tolist()]
+    assert json.loads(printed.out) == [
+        {"image": path, "caption": text} for path, text in zip(images, expected, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(

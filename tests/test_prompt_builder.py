@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ORACLES
+from test_video import RATE, write
 
 from clip_jax.data.preprocess import Preprocess
 from clip_jax.errors import ConfigError, RecordError
@@ -14,6 +15,7 @@ from flamingo_jax.data.conventions import Convention
 from flamingo_jax.data.documents import Document, Media, Shape, encode
 from flamingo_jax.data.prompts import CAPTION, Prompt, Shot, begin, encode_prompts, few_shot, question, see, shape_of
 from flamingo_jax.data.tokenizer import TextTokenizer, open_tokenizer
+from flamingo_jax.data.video import read_clip
 
 CASES = ORACLES / "prompts"
 EXPECTED = json.loads((CASES / "expected.json").read_text())
@@ -153,3 +155,17 @@ def test_what_is_wrong_is_said_before_anything_is_computed(
     for name, message in (("broken.png", "does not decode"), ("nowhere.png", "can't be read")):
         with pytest.raises(RecordError, match=f"{name}: .*{message}"):
             see(tmp_path / name, Preprocess(8))
+
+
+def test_a_video_is_a_clip_of_its_first_seconds(ours: tuple[Convention, TextTokenizer], tmp_path: Path) -> None:
+    convention, tokenizer = ours
+    path = write(tmp_path / "clip.mp4", "mpeg4", 9 * RATE)
+    clip = see(path, Preprocess(8))
+    np.testing.assert_array_equal(clip.frames, read_clip(path, size=8))
+    np.testing.assert_array_equal(see(path.read_bytes(), Preprocess(8), str(path)).frames, clip.frames)
+    some = [begin(convention).ask(clip), begin(convention).ask(RED)]
+    batch = encode_prompts(some, tokenizer, shape_of(some, tokenizer, 8))
+    assert batch["frame_mask"].sum(axis=2).tolist() == [[8], [1]] and batch["media"].shape == (2, 1, 8, 8, 8, 3)
+    (tmp_path / "corrupt.mp4").write_bytes(path.read_bytes()[:500])
+    with pytest.raises(RecordError, match="corrupt.mp4: the video does not decode"):
+        see(tmp_path / "corrupt.mp4", Preprocess(8))

@@ -18,6 +18,7 @@ from clip_jax.errors import ConfigError, RecordError
 from flamingo_jax.data.conventions import SPECIAL_TOKENS, Convention
 from flamingo_jax.data.documents import END, IMAGE_TAG, Document, EndOfChunk, Media, Part, Shape, Text
 from flamingo_jax.data.tokenizer import TextTokenizer
+from flamingo_jax.data.video import VIDEO_SUFFIXES, read_frames
 
 CAPTION = "Output:"
 
@@ -238,9 +239,14 @@ def see(
 ) -> Media:
     """An image by its path, its bytes or as it is, or the frames of a clip, as a model of this preprocessing sees it.
 
-    Raises RecordError, which names it (by `key`, where that is given), for one that is missing, corrupt, empty or too
-    large.
+    What is named (by `key`, where that is given) as a video file is one: its first 8 seconds, a frame of each.
+
+    Raises RecordError, which names it, for one that is missing, corrupt, empty, too large or too short.
     """
+    if isinstance(source, str | Path | bytes):
+        name = key or ("" if isinstance(source, bytes) else source)
+        if Path(name).suffix.lower() in VIDEO_SUFFIXES:
+            source = read_frames(source, key=key)
     frames = [source] if isinstance(source, Image.Image | str | Path | bytes) else source
     return Media(np.stack([preprocess.pixels(frame, key) for frame in frames]))
 
