@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import CACHE, ROOT
 from test_training import environment
 
+import flamingo_jax
 from launch import quickstart
 
 STAGES = ("train clip", "evaluate clip", "train language_model", "train flamingo", "evaluate flamingo", "report")
@@ -49,6 +51,11 @@ def test_the_quickstart_trains_evaluates_reports_and_knows_when_it_is_done(tmp_p
     assert page.count("data:image/webp;base64,") > 50 and "data:image/png;base64," in page
     assert f"{100 * summary['clip']['held_out_style']['top1']:.1f} %" in page
     assert len(page) < 3_000_000
+
+    model = flamingo_jax.load(tmp_path / "flamingo")
+    pictures = np.zeros((1, 1, *[model.preprocess.image_size] * 2, 3), np.uint8)
+    batch = model.make_batch(pictures, [[*model.tokenizer.start_ids, *model.tokenizer.encode("<image>Output:")]])
+    assert model.metadata["step"] == 4 and np.isfinite(model.logits(model.params, batch)).all()
 
     trained = (tmp_path / "clip" / "metrics.jsonl").stat().st_mtime_ns
     again = run(tmp_path)
