@@ -121,7 +121,8 @@ def vizwiz(root: Path) -> None:
 
 def hateful_memes(root: Path) -> None:
     root.mkdir(exist_ok=True)
-    lines = [{"id": i, "img": f"img/0{i}.png", "label": i % 2, "text": f"text {{{i}}}"} for i in (8290, 8291)]
+    lines: list[dict[str, Any]] = [{"id": i, "img": f"img/0{i}.png", "label": i % 2, "text": f"text {{{i}}}"}
+                                    for i in (8290, 8291)]  # fmt: skip
     write_lines(root / "dev_seen.jsonl", lines)
     for line in lines:
         picture(root / line["img"])

@@ -23,6 +23,7 @@ from flamingo_jax.evaluation.harness import (
     table,
     with_images,
 )
+from flamingo_jax.evaluation.results import evaluate_to
 from flamingo_jax.evaluation.shots import Selector, most_similar, permutations
 
 
@@ -221,7 +222,7 @@ def test_figures_of_a_model_that_sees(kind: str) -> None:
 def test_defaults_and_settings_reach_the_model() -> None:
     found = evaluation("vqa", shots=(1,), seeds=(0, 1), count=5)
     runs = [found.run(condition) for condition in found.settings.conditions()]
-    assert found.model.asked == [(10, 3)] * 2  # type: ignore[attr-defined]
+    assert isinstance(found.model, Parrot) and found.model.asked == [(10, 3)] * 2
     assert [e["key"] for e in runs[0]["examples"]] == [e["key"] for e in runs[1]["examples"]]
     assert runs[0]["examples"][0]["shots"] != runs[1]["examples"][0]["shots"]
     plan = found.plan()
@@ -255,4 +256,36 @@ def test_what_does_not_fit_is_refused() -> None:
     for settings, line in (({"images": ("none",)}, "images 'none'"), ({"shots": ()}, "at least one of each"),
                            ({"shots": (-1,)}, "none below 0"), ({"beams": 0}, "beams, permutations ≥ 1")):  # fmt: skip
         with pytest.raises(ConfigError, match=line):
-            Settings(**settings)  # type: ignore[arg-type]
+            Settings(**settings)
+
+
+def test_a_stopped_evaluation_goes_on_and_another_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, again = (evaluation("vqa", shots=(0, 2), images=("true", "no_shots"), seeds=(0, 1)) for _ in range(2))
+    whole = evaluate_to(found, tmp_path / "whole")
+    assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == ["results.json", "results.md"]
+    assert [(run["shots"], run["images"], run["seed"]) for run in whole["runs"]] == [
+        (0, "true", 0), (0, "true", 1), (2, "true", 0), (2, "true", 1), (2, "no_shots", 0), (2, "no_shots", 1),
+    ]  # fmt: skip
+    assert all(run["versions"]["jax"] and run["examples"][0]["prompt"] for run in whole["runs"])
+    assert whole["plan"]["model"] == {"spec": "parrot"} and whole["plan"]["settings"]["seeds"] == [0, 1]
+
+    run, done = Evaluation.run, list[Condition]()
+
+    def stopping(self: Evaluation, condition: Condition) -> dict[str, Any]:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(condition)
+        return run(self, condition)
+
+    monkeypatch.setattr(Evaluation, "run", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_to(again, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "results.json").exists()
+    done.clear()
+    with pytest.raises(ConfigError, match=r"results.json: was made with settings \{.*name another directory"):
+        evaluate_to(evaluation("vqa", shots=(0, 4)), tmp_path / "parts")
+    assert evaluate_to(again, tmp_path / "parts") == whole and len(done) == 3
+    done.clear()
+    assert evaluate_to(again, tmp_path / "parts") == whole and not done
+    with pytest.raises(ConfigError, match="was made with settings"):
+        evaluate_to(evaluation("vqa", shots=(0, 4)), tmp_path / "parts")

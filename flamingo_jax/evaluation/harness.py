@@ -117,6 +117,14 @@ def draw(records: Sequence[Record], count: int, seed: int) -> list[Record]:
     return [records[i] for i in sorted(np.random.default_rng([seed, 5]).permutation(len(records))[:count])]
 
 
+def pictures(benchmark: Benchmark, support: Benchmark, settings: Settings) -> list[Path]:
+    """All that an evaluation looks at, each once."""
+    records = draw(benchmark.records, settings.count, 0)
+    for seed in settings.seeds:
+        records += draw(support.records, settings.support_count, seed)
+    return list(dict.fromkeys(record.image for record in records))
+
+
 def example_of(record: Record, benchmark: Benchmark) -> Example:
     """A record as it stands in a prompt. Of several answers the one that most gave, of captions the first."""
     answer = max(record.targets, key=record.targets.count)
@@ -130,7 +138,8 @@ def example_of(record: Record, benchmark: Benchmark) -> Example:
 class Evaluation:
     """A benchmark, the support set for it, and how the one is put to a model with examples of the other.
 
-    `embeddings`: of all their pictures, for RICES; without, shots are drawn at random.
+    `embeddings`: of all their pictures (see `pictures`), for RICES, by the model that result files call
+    `embedded_by`; without, shots are drawn at random.
 
     Raises ConfigError where the two are of different kinds, or a support set has other classes.
     """
@@ -140,13 +149,14 @@ class Evaluation:
     support: Benchmark
     settings: Settings
     embeddings: Mapping[Path, np.ndarray] | None = None
+    embedded_by: str = ""
 
     def __post_init__(self) -> None:
         mine, theirs = self.benchmark, self.support
         if theirs.kind != mine.kind:
             raise ConfigError(f"{theirs.name}: a support set of {theirs.kind}; {mine.name} is {mine.kind}")
         if unknown := sorted(set(theirs.classes) - set(mine.classes)):
-            raise ConfigError(f"{theirs.name}: class {unknown[0]!r} is none of those of {mine.name}")
+            raise ConfigError(f"{theirs.name}: class {unknown[0]!r} is none of those of {mine.name}: name all of them")
 
     def plan(self) -> dict[str, Any]:
         """All that the results depend on, as JSON."""
@@ -157,7 +167,7 @@ class Evaluation:
             "support": self.support.name,
             "support_records": len(self.support.records),
             "classes": list(self.benchmark.classes),
-            "selection": "random" if self.embeddings is None else "rices",
+            "selection": "random" if self.embeddings is None else f"rices {self.embedded_by}".strip(),
             "model": dict(self.model.describe()),
             "settings": asdict(self.settings) | {"new_tokens": self._new_tokens()},
         }
@@ -175,7 +185,7 @@ class Evaluation:
         select = Selector([record.image for record in support], condition.seed, self.embeddings)
         chosen = [select(i, query.image, condition.shots) for i, query in enumerate(queries)]
         asked = [example_of(query, benchmark) for query in queries]
-        shots = [[example_of(support[j], self.support) for j in some] for some in chosen]
+        shots: list[Prompt] = [[example_of(support[j], self.support) for j in some] for some in chosen]
         asked, shots = with_images(asked, shots, condition)
         examples: list[dict[str, Any]] = [
             {
