@@ -155,9 +155,13 @@ class Prompt:
         opening = [Text(before if media else before + " ")] if before else []
         return self._with(*opening, *media, Text(after.replace("{}", self._typed(text.strip()))))
 
+    def answered(self, text: str) -> "Prompt":
+        """With the beginning of an answer."""
+        return self._with(Text(self.grammar.between + self._typed(text.strip())))
+
     def reply(self, text: str) -> "Prompt":
-        """What was answered."""
-        return self._with(Text(self.grammar.between + self._typed(text.strip())), END)
+        """With the whole answer, and its end."""
+        return self.answered(text)._with(END)
 
     def __str__(self) -> str:
         text, around = "", self.grammar.around
@@ -229,21 +233,28 @@ def begin(convention: Convention, caption: str | None = None, question: str | No
     return Prompt(convention, grammar)
 
 
-def see(source: Image.Image | str | Path | bytes | Sequence[Image.Image | str | Path], preprocess: Preprocess) -> Media:
+def see(
+    source: Image.Image | str | Path | bytes | Sequence[Image.Image | str | Path], preprocess: Preprocess, key: str = ""
+) -> Media:
     """An image by its path, its bytes or as it is, or the frames of a clip, as a model of this preprocessing sees it.
 
-    Raises RecordError, which names it, for one that is missing, corrupt, empty or too large.
+    Raises RecordError, which names it (by `key`, where that is given), for one that is missing, corrupt, empty or too
+    large.
     """
     frames = [source] if isinstance(source, Image.Image | str | Path | bytes) else source
-    return Media(np.stack([preprocess.pixels(frame) for frame in frames]))
+    return Media(np.stack([preprocess.pixels(frame, key) for frame in frames]))
 
 
-def shape_of(prompts: Sequence[Prompt], tokenizer: TextTokenizer, image_size: int, multiple: int = 16) -> Shape:
-    """Room for all of these prompts; the number of tokens is rounded up, so that others fit the same program."""
-    tokens = max(len(prompt.ids(tokenizer)) for prompt in prompts)
-    frames = [len(media.frames) for prompt in prompts for media in prompt.media]
-    images = max(1, *(len(prompt.media) for prompt in prompts))
-    return Shape(images, max(1, *frames), image_size, -(-tokens // multiple) * multiple)
+def shape_of(
+    prompts: Sequence[Prompt], tokenizer: TextTokenizer, image_size: int, tokens: int = 16, images: int = 1
+) -> Shape:
+    """Room for all of these prompts, numbers of tokens and images rounded up to multiples of `tokens` and `images`:
+    so that other prompts fit the same program.
+    """
+    length = max(len(prompt.ids(tokenizer)) for prompt in prompts)
+    shown = max(1, *(len(prompt.media) for prompt in prompts))
+    frames = max([1, *(len(media.frames) for prompt in prompts for media in prompt.media)])
+    return Shape(-(-shown // images) * images, frames, image_size, -(-length // tokens) * tokens)
 
 
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: TextTokenizer, shape: Shape) -> Element:
