@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from clip_jax.errors import ConfigError
+from flamingo_jax.data.tokenizer import TextTokenizer
 
-# The names that special tokens have in each family's tokenizer; Flamingo's one new token has none there.
+# What special tokens are called in each family's tokenizer. To Flamingo the tag is plain text, and its one new token
+# is beyond the tokenizer.
 SPECIAL_TOKENS: Mapping[str, Mapping[str, str]] = {
-    "flamingo": {},
+    "flamingo": {"image": "<image>"},
     "open_flamingo": {"image": "<image>", "end": "<|endofchunk|>", "pad": "<PAD>"},
     "idefics": {"image": "<image>", "around": "<fake_token_around_image>", "end": "</s>", "turn": "<end_of_utterance>"},
 }
@@ -71,3 +73,38 @@ class Convention:
             )
             attends = mask_BxL & (np.pad(end, ((0, 0), (1, 0)), constant_values=-1)[:, :-1] <= image)
         return attends[..., None] & (count_BxL[..., None] == np.arange(1, images + 1))
+
+
+def open_convention(family: str, tokenizer: TextTokenizer, vocab_size: int, extra_tokens: int) -> Convention:
+    """A family's convention for a model of `vocab_size` known tokens and `extra_tokens` trained ones after them.
+
+    Raises ConfigError where the tokenizer lacks a special token, or does not have the ids that the model has.
+    """
+    if family == "flamingo":
+        if tokenizer.vocab_size != vocab_size:
+            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids; the language model has {vocab_size}")
+        tag = tuple(tokenizer.encode(SPECIAL_TOKENS[family]["image"]))
+        bos_id = next(iter(tokenizer.start_ids), None)
+        return Convention(family, image=tag, end_id=vocab_size, bos_id=bos_id, pad_id=tokenizer.pad_id)
+    ids = {role: tokenizer.special_id(token) for role, token in SPECIAL_TOKENS[family].items() if token in tokenizer}
+    end = vocab_size + extra_tokens
+    if tokenizer.vocab_size > end:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids; the model has {vocab_size} + {extra_tokens}")
+    trained = {"open_flamingo": ("end", "image"), "idefics": ("around", "image")}[family]
+    for role in (*trained, "end"):
+        token = SPECIAL_TOKENS[family][role]
+        if role not in ids:
+            raise ConfigError(f"the tokenizer has no token {token}, which {family} needs")
+        if role in trained and not vocab_size <= ids[role] < end:
+            raise ConfigError(
+                f"the tokenizer's {token} is {ids[role]}; the model's trained tokens are {vocab_size} to {end - 1}"
+            )
+    return Convention(
+        family,
+        image=(ids["image"],),
+        end_id=ids["end"],
+        bos_id=next(iter(tokenizer.start_ids), None),
+        pad_id=tokenizer.pad_id,
+        around_id=ids.get("around"),
+        turn_id=ids.get("turn"),
+    )
