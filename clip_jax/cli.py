@@ -10,36 +10,20 @@ clip-jax export runs/quickstart/clip exported --format open_clip
 
 import argparse
 import dataclasses
-import io
 import json
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_jax.errors import ConfigError, DataError, UserError
+from clip_jax.command_line import positive, report_rejected, run
+from clip_jax.errors import ConfigError
 from clip_jax.files import is_file, read_lines
 from clip_jax.interop.commands import add_commands
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for noisy in ("absl", "jax", "orbax", "etils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # names of files may be no valid Unicode
-    try:
-        arguments.run(arguments)
-    except UserError as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    run(parser(), argv)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,9 +32,9 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text)
-        one.set_defaults(run=run)
+        one.set_defaults(run=function)
         one.add_argument("model", help="a run's workdir, a checkpoint, or what clip_jax.load takes")
         one.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default: 64")
         one.add_argument("--threads", type=positive, default=4, metavar="N", help="that decode images; default: 4")
@@ -93,12 +77,6 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_commands(commands)
     return top
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1 expected")
-    return int(text)
 
 
 def embedder_of(arguments: argparse.Namespace) -> Any:
@@ -214,14 +192,6 @@ def rerank_command(arguments: argparse.Namespace) -> None:
 def report_cut(embedder: Any) -> None:
     if cut := embedder.loaded.tokenizer.truncated:
         logging.warning("%d texts were too long and cut; see --long-texts", cut)
-
-
-def report_rejected(rejected: Sequence[str], count: int) -> None:
-    """Names the images that are left out. Raises DataError where none is left."""
-    for line in rejected:
-        logging.warning("left out: %s", line)
-    if len(rejected) == count:
-        raise DataError(f"not one of {count} images could be read")
 
 
 def print_found(found: Sequence[Any], as_json: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from clip_jax import sharding
 from clip_jax.data.preprocess import Preprocess
@@ -87,7 +87,7 @@ def load(
         towers = build_two_tower(model.config)
         return Loaded(
             model=towers,
-            params=_placed(towers, model.variables, mesh),
+            params=sharding.put_tree(model.variables, None if mesh is None else _shardings(towers, mesh)),
             preprocess=Preprocess(**model.preprocess),
             tokenizer=opened,
             metadata=published.metadata(model, opened, where),
@@ -95,16 +95,6 @@ def load(
     if image_size or preprocess or tokenizer or allow:
         raise ConfigError(f"{spec}: image_size, preprocess, tokenizer and allow are for published weights only")
     return _load_checkpoint(checkpoint.latest(Path(spec)), mesh)
-
-
-def _placed(model: TwoTower, variables: Mapping[str, Any], mesh: Mesh | None) -> Mapping[str, Any]:
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, variables)
-
-    def place(value: np.ndarray, where: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
-
-    return jax.tree.map(place, variables, _shardings(model, mesh))
 
 
 def _shardings(model: TwoTower, mesh: Mesh) -> Mapping[str, Any]:
@@ -139,16 +129,26 @@ def _load_checkpoint(path: Path, mesh: Mesh | None) -> Loaded:
     variables = {"params": checkpoint.load(path, "params", params)}
     if (path / "state").is_dir():
         variables |= checkpoint.load(path, "state", state)
+    check_finite(variables, path)
+    return Loaded(
+        model=towers,
+        params=variables,
+        preprocess=preprocess_of(model),
+        tokenizer=tokenizer,
+        metadata=metadata,
+    )
+
+
+def preprocess_of(model: Mapping[str, Any]) -> Preprocess:
+    """From what a checkpoint says of its model; a field that an older one lacks has its default."""
+    fields = model["preprocess"]
+    known = ("image_size", "mean", "std", "interpolation", "resize_mode")
+    return Preprocess(**{key: fields[key] for key in known if key in fields})
+
+
+def check_finite(variables: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError, naming the first of the arrays that holds anything but finite numbers."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
         if not all(np.isfinite(shard.data).all() for shard in leaf.addressable_shards if shard.replica_id == 0):
             name = "/".join(str(key.key) for key in keys)
             raise CheckpointError(f"{path}: {name} holds values that are no finite numbers")
-    fields = model["preprocess"]
-    known = ("image_size", "mean", "std", "interpolation", "resize_mode")
-    return Loaded(
-        model=towers,
-        params=variables,
-        preprocess=Preprocess(**{key: fields[key] for key in known if key in fields}),
-        tokenizer=tokenizer,
-        metadata=metadata,
-    )

@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.experimental import mesh_utils
@@ -196,6 +197,17 @@ def abstract(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
         unbox(boxed),
         tree_shardings(boxed, mesh, rules),
     )
+
+
+def put_tree(tree: Any, shardings: Any = None) -> Any:
+    """Host arrays that every process has alike → arrays on the devices; by default on the first one."""
+    if shardings is None:
+        return jax.tree.map(jnp.asarray, tree)
+
+    def place(value: np.ndarray, where: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+    return jax.tree.map(place, tree, shardings)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:

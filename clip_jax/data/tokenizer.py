@@ -132,12 +132,12 @@ class Tokenizer:
             return _with_own_specials(backend, str(path))
         if len(placed) > 2:
             raise DataError(f"{path}: {len(placed)} special tokens around a text; expected an end and at most a start")
-        settings = _settings(Path(path))
-        pad = _content(settings.get("pad_token"))
+        settings = read_settings(Path(path))
+        pad = content_of(settings.get("pad_token"))
         if padding:
             pad_id = padding["pad_id"]
         elif pad:
-            pad_id = _special(backend, pad, str(path))
+            pad_id = special_id(backend, pad, str(path))
         else:
             pad_id = 0
         return cls(
@@ -303,15 +303,15 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         raise DataError(f"{path}: a SentencePiece model; reading it needs the extra `siglip`") from None
     except (OSError, RuntimeError) as error:
         raise DataError(f"{path}: not a readable SentencePiece model ({str(error).splitlines()[0]})") from None
-    settings = _settings(path)
+    settings = read_settings(path)
     end = pieces.special("</s>", path)
-    pad = pieces.special(_content(settings.get("pad_token")) or "</s>", path)
+    pad = pieces.special(content_of(settings.get("pad_token")) or "</s>", path)
     length = _context_length(settings) or 64
     return Tokenizer(pieces, start_id=None, end_id=end, pad_id=pad, clean=clean_siglip, context_length=length)
 
 
 def _load_wordpiece(path: Path) -> Tokenizer:
-    settings = _settings(path)
+    settings = read_settings(path)
     try:
         backend = Backend(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
     except Exception as error:  # what the library raises is a bare Exception
@@ -319,13 +319,13 @@ def _load_wordpiece(path: Path) -> Tokenizer:
     backend.normalizer = normalizers.BertNormalizer(lowercase=bool(settings.get("do_lower_case", True)))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    start, end, pad, _ = (_special(backend, token, str(path)) for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"))
+    start, end, pad, _ = (special_id(backend, token, str(path)) for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]"))
     backend.post_processor = processors.BertProcessing(("[SEP]", end), ("[CLS]", start))
     length = _context_length(settings) or 512
     return Tokenizer(_Json(backend), start_id=start, end_id=end, pad_id=pad, clean=str, context_length=length)
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """The tokenizer_config.json beside a file; empty where there is none."""
     beside = path.with_name("tokenizer_config.json")
     if not beside.is_file():
@@ -339,7 +339,7 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _content(token: Any) -> str | None:
+def content_of(token: Any) -> str | None:
     """Hugging Face writes a token as a string or as an object with its content."""
     return token.get("content") if isinstance(token, dict) else token
 
@@ -349,7 +349,7 @@ def _context_length(settings: dict[str, Any]) -> int | None:
     return length if isinstance(length, int) and 0 < length < 1_000_000 else None  # 10^30 stands for none
 
 
-def _special(backend: Backend, token: str, path: str) -> int:
+def special_id(backend: Backend, token: str, path: str) -> int:
     index = backend.token_to_id(token)
     if index is None:
         raise DataError(f"{path}: no token {token} in the vocabulary")
@@ -357,7 +357,7 @@ def _special(backend: Backend, token: str, path: str) -> int:
 
 
 def _with_own_specials(backend: Backend, path: str) -> Tokenizer:
-    pad, start, end = (_special(backend, token, path) for token in (PAD, START, END))
+    pad, start, end = (special_id(backend, token, path) for token in (PAD, START, END))
     return Tokenizer(_Json(backend), start_id=start, end_id=end, pad_id=pad, clean=clean)
 
 

@@ -67,6 +67,19 @@ class Report:
             f"{len(self.ignored)} constants ignored"
         )
 
+    def add(self, name: str, other: "Report") -> None:
+        """Takes in what became of another file's tensors, as `name: KEY`."""
+        self.used |= {f"{name}: {key}": ours for key, ours in other.used.items()}
+        for kind in ("missing", "unused", "ignored"):
+            getattr(self, kind).extend(f"{name}: {key}" for key in getattr(other, kind))
+
+    def __str__(self) -> str:
+        """Every tensor and what became of it, one a line, and the summary."""
+        lines = [f"used     {key} → {', '.join(ours)}" for key, ours in self.used.items()]
+        for kind in ("missing", "unused", "ignored"):
+            lines += [f"{kind:8} {key}" for key in getattr(self, kind)]
+        return "\n".join([*lines, self.summary()])
+
 
 def initial_variables(config: Mapping[str, Any]) -> PyTree:
     """The variables of a model of `get_variant`'s shape, or of the one tower that a config has, drawn from seed 0."""

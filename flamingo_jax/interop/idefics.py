@@ -1,34 +1,47 @@
-"""IDEFICS (arXiv 2306.16527) from a Hugging Face directory (transformers: models/idefics)."""
+"""IDEFICS (arXiv 2306.16527) as a Hugging Face directory (transformers: models/idefics), in and out."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_jax.errors import CheckpointError
 from clip_jax.interop import huggingface as clip_huggingface
-from clip_jax.interop.imported import PREPROCESS, Fields
-from clip_jax.interop.mapping import Row, fill, norm
+from clip_jax.interop.imported import PREPROCESS, Fields, chosen_preprocess, require, write_model
+from clip_jax.interop.mapping import Row, fill, norm, to_theirs
 from clip_jax.interop.tensors import read_json, read_tensors
+from flamingo_jax.data.conventions import SPECIAL_TOKENS, Convention
+from flamingo_jax.data.tokenizer import TextTokenizer
 from flamingo_jax.interop.families import FAMILIES
-from flamingo_jax.interop.open_flamingo import ImportedFlamingo, PyTree, initial_params
+from flamingo_jax.interop.imported import ImportedFlamingo, PyTree, initial_params, require_same
 from flamingo_jax.models.variants import language_model_fields
 
 IGNORED = (*FAMILIES["llama"].ignore, r".*\.position_ids$")
 
 
-def read_idefics(directory: str | Path, *, allow: Sequence[str] = (), allow_nan: bool = False) -> ImportedFlamingo:
+def read_idefics(
+    directory: str | Path,
+    *,
+    preprocess: str | Mapping[str, Any] | None = None,
+    allow: Sequence[str] = (),
+    allow_nan: bool = False,
+) -> ImportedFlamingo:
     """A whole IDEFICS; its resampler looks at all of the tower's tokens before `ln_post`.
 
     Parameters keep the dtype they are stored in. Which images a token attends, the processor says: its
     `image_attention_mask` is the batch's `media_mask`.
 
-    Args: `allow`, `allow_nan`: see `clip_jax.interop.mapping.fill` and `clip_jax.interop.tensors.read_tensors`.
+    Args:
+      preprocess: see `clip_jax.interop.huggingface.read_directory`; by default what preprocessor_config.json says,
+        or transformers' default.
+      allow, allow_nan: see `clip_jax.interop.mapping.fill` and `clip_jax.interop.tensors.read_tensors`.
 
     Raises:
       CheckpointError: a file or tensor is missing, damaged, left over, or of another shape, or config.json asks for
         what the model does not do.
     """
     directory = Path(directory)
-    config = model_fields(read_json(directory / "config.json"), str(directory / "config.json"))
+    config = read_config(directory)
 
     def initial() -> PyTree:
         return initial_params(config)
@@ -36,8 +49,26 @@ def read_idefics(directory: str | Path, *, allow: Sequence[str] = (), allow_nan:
     rows = layout(vector_gate=config["gated"]["vector_gate"])
     tensors = read_tensors(directory, allow_nan=allow_nan)
     params, report = fill(rows, initial, tensors, str(directory), allow=allow, ignore=IGNORED)
-    preprocess = PREPROCESS["clip"] | {"image_size": config["vision"]["image_size"]}
-    return ImportedFlamingo(config, {"params": params}, preprocess, report)
+    fields = chosen_preprocess(_preprocess(directory), preprocess, config["vision"]["image_size"], str(directory))
+    return ImportedFlamingo(config, {"params": params}, fields, report, "idefics")
+
+
+def _preprocess(directory: Path) -> dict[str, Any]:
+    """Images are squashed to a square (transformers: image_processing_idefics.py)."""
+    fields = PREPROCESS["clip"] | {"resize_mode": "squash"}
+    file = directory / "preprocessor_config.json"
+    for key, value in (read_json(file) if file.is_file() else {}).items():
+        if key in ("image_mean", "image_std"):
+            if not (isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)):
+                raise CheckpointError(f"{file}: {key} is {value!r}; three numbers expected")
+            fields[key.removeprefix("image_")] = value
+    return fields
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """What a directory's config.json says, in `get_variant`'s shape. Raises CheckpointError as `read_idefics` does."""
+    file = Path(directory) / "config.json"
+    return model_fields(read_json(file), str(file))
 
 
 def model_fields(config: Mapping[str, Any], label: str) -> dict[str, Any]:
@@ -145,3 +176,99 @@ def layout(vector_gate: bool) -> list[Row]:
         Row("gated/attention_gate", f"{gated}.alpha_cross_attn", gate),
         Row("gated/mlp_gate", f"{gated}.alpha_dense", gate),
     ]
+
+
+def write_idefics(
+    directory: str | Path,
+    config: Mapping[str, Any],
+    variables: PyTree,
+    preprocess: Mapping[str, Any],
+    tokenizer: TextTokenizer,
+    convention: Convention,
+) -> None:
+    """Writes what transformers' `IdeficsForVisionText2Text` and `AutoProcessor` read, complete or not at all.
+
+    Args: `config`, `variables` and `preprocess` as the fields of `ImportedFlamingo`.
+
+    Raises ConfigError where the directory exists, or IDEFICS has no words for this model.
+    """
+    require(config["vision"]["kind"] == "vit", f"a tower of kind {config['vision']['kind']}: IDEFICS has vit only")
+    require(convention.family == "idefics", f"a model that reads as {convention.family}: IDEFICS's ids are others")
+    require(preprocess["resize_mode"] == "squash", f"images resized by {preprocess['resize_mode']}: IDEFICS squashes")
+    require(preprocess["interpolation"] == "bicubic", f"{preprocess['interpolation']} pixels: IDEFICS's are bicubic")
+    ids = dict(bos_token_id=convention.bos_id, eos_token_id=convention.end_id, pad_token_id=convention.pad_id)
+    values = _their_config(config) | ids | {"dtype": str(variables["params"]["language_model"]["embedding"].dtype)}
+    read = model_fields(values, "config.json")
+    require_same(config, read | {"embed_dim": config["embed_dim"]}, "IDEFICS")
+    params = {name: dict(value) if name == "vision" else value for name, value in variables["params"].items()}
+    params["vision"].pop("projection", None)  # into a joint space that nothing here looks at
+    special = [token for token in SPECIAL_TOKENS["idefics"].values() if token in tokenizer]
+    tokens = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=tokenizer.bos,
+        eos_token=SPECIAL_TOKENS["idefics"]["end"],
+        pad_token=tokenizer.pad,
+        additional_special_tokens=[token for token in special if token != SPECIAL_TOKENS["idefics"]["end"]],
+    )
+    size = preprocess["image_size"]
+    images = dict(
+        image_processor_type="IdeficsImageProcessor",
+        processor_class="IdeficsProcessor",
+        image_size=size,
+        image_num_channels=3,
+        image_mean=list(preprocess["mean"]),
+        image_std=list(preprocess["std"]),
+    )
+    write_model(
+        Path(directory),
+        ("model.safetensors", to_theirs(layout(config["gated"].get("vector_gate", False)), params)),
+        {
+            "config.json": values,
+            "preprocessor_config.json": images,
+            "tokenizer.json": json.loads(tokenizer.canonical()),
+            "tokenizer_config.json": {key: value for key, value in tokens.items() if value is not None},
+        },
+    )
+
+
+def _their_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json in transformers 5's spelling; what cannot be said in it, it says as near as can be."""
+    eye, lm, resampler = config["vision"], language_model_fields(config["language_model"]), config["resampler"]
+    gated = config.get("gated", {})
+    activations = {ours: theirs for theirs, ours in clip_huggingface.ACTIVATIONS.items()}
+    return dict(
+        model_type="idefics",
+        architectures=["IdeficsForVisionText2Text"],
+        vocab_size=lm["vocab_size"],
+        additional_vocab_size=config["extra_tokens"],
+        hidden_size=lm["width"],
+        intermediate_size=lm["mlp_width"],
+        num_hidden_layers=lm["layers"],
+        num_attention_heads=lm["heads"],
+        hidden_act="silu",
+        rms_norm_eps=lm["norm_eps"],
+        rope_parameters=dict(rope_type="default", rope_theta=lm["rope_theta"]),
+        tie_word_embeddings=False,
+        cross_layer_interval=config["interval"],
+        qk_layer_norms=gated.get("qk_norm", False),
+        alpha_type="vector" if gated.get("vector_gate") else "float",
+        use_resampler=True,
+        vision_config=dict(
+            embed_dim=eye["width"],
+            image_size=eye["image_size"],
+            patch_size=eye["patch_size"],
+            num_hidden_layers=eye["layers"],
+            num_attention_heads=eye["heads"],
+            intermediate_size=eye.get("mlp_width") or 4 * eye["width"],
+            layer_norm_eps=eye.get("norm_epsilon", 1e-5),
+            hidden_act=activations[config["activation"]],
+        ),
+        perceiver_config=dict(
+            use_resampler=True,
+            resampler_n_latents=resampler["latents"],
+            resampler_depth=resampler["layers"],
+            resampler_n_heads=resampler["heads"],
+            resampler_head_dim=resampler["head_size"],
+            qk_layer_norms_perceiver=resampler.get("qk_norm", False),
+        ),
+    )

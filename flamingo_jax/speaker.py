@@ -1,0 +1,162 @@
+"""A loaded Flamingo that goes on with prompts, aloud where one listens, and says how likely continuations are.
+
+Dimensions: B prompts of L tokens, T images, N continuations.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from clip_jax import sharding
+from clip_jax.data import transforms
+from clip_jax.errors import ConfigError
+from flamingo_jax import decoding
+from flamingo_jax.data.documents import Shape
+from flamingo_jax.data.prompts import Prompt, begin, encode_prompts, shape_of
+from flamingo_jax.loading import Loaded
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a text is chosen: see `flamingo_jax.decoding.generate`. `stop`: texts that end one."""
+
+    max_new_tokens: int = 32
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class Speaker:
+    """One model on all devices: parameters are sharded as at training, batches over the data-parallel axes.
+
+    Give it what `flamingo_jax.load(…, mesh=mesh)` returned.
+    """
+
+    def __init__(self, loaded: Loaded, mesh: Mesh, manner: Manner = Manner(), batch_size: int = 1):
+        self.loaded, self.mesh, self.manner = loaded, mesh, manner
+        parts = sharding.batch_shards(mesh)
+        self.batch_size = batch_size if batch_size == 1 else -(-batch_size // parts) * parts
+        self._where = sharding.replicated(mesh) if self.batch_size == 1 else sharding.batch_sharding(mesh)
+        convention = loaded.convention
+        self.stop_ids = tuple(i for i in (convention.end_id, convention.turn_id) if i is not None)
+        self._key = jax.random.key(manner.seed)
+        with self._mesh():
+            self._variables = decoding.unstack(loaded.params)
+
+    def begin(self, caption: str | None = None, question: str | None = None) -> Prompt:
+        """See `flamingo_jax.data.prompts.begin`."""
+        return begin(self.loaded.convention, caption, question)
+
+    def shape(self, prompts: Sequence[Prompt], multiple: int = 16, images: int = 1) -> Shape:
+        """Room for these prompts, numbers of tokens and images rounded up to multiples.
+
+        Raises ConfigError where the model has no positions for them and an answer.
+        """
+        loaded = self.loaded
+        shape = shape_of(prompts, loaded.tokenizer, loaded.preprocess.image_size, multiple, images)
+        self.check_length(shape.tokens + self.manner.max_new_tokens)
+        return shape
+
+    def check_length(self, tokens: int) -> None:
+        spec = self.loaded.model.language_model.spec
+        if spec.positions == "learned" and tokens > spec.max_positions:
+            raise ConfigError(f"{tokens} tokens, the answer's included; the model has {spec.max_positions} positions")
+
+    def say(self, prompts: Sequence[Prompt], shape: Shape) -> list[str]:
+        """What the model says after each of at most `batch_size` prompts."""
+        return self._texts(self._generate(self._batch(prompts, shape)), len(prompts))
+
+    def say_aloud(self, prompt: Prompt, shape: Shape, listen: Callable[[str], Any]) -> str:
+        """The same for one prompt; `listen` gets the text piece by piece as it comes (with beams, whole)."""
+        ids: list[int] = []
+        heard = ""
+
+        def hear(text: str) -> None:
+            nonlocal heard
+            if len(text) > len(heard):
+                listen(text[len(heard) :])
+                heard = text
+
+        def take(tokens_Bx1: np.ndarray) -> None:
+            token = int(tokens_Bx1[0, 0])
+            if token >= 0 and token not in self.stop_ids:
+                ids.append(token)
+                hear(settled(self._decode(ids), self.manner.stop))
+
+        batch = self._batch([prompt], shape)
+        (text,) = self._texts(self._generate(batch, None if self.manner.num_beams > 1 else take), 1)
+        hear(text)
+        return text
+
+    def score(self, prompt: Prompt, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """How likely each text is to follow the prompt: (log p, the sum over its tokens; the tokens' number), [N] each.
+
+        Where a tokenizer joins the prompt's last letters with a text's first ones, all count from there.
+        """
+        tokenizer = self.loaded.tokenizer
+        asked = prompt.ids(tokenizer)
+        whole = [prompt.answered(text).ids(tokenizer) for text in texts]
+        same = min(_shared(asked, ids) for ids in whole)
+        for text, ids in zip(texts, whole, strict=True):
+            if len(ids) == same:
+                raise ConfigError(f"the text {text!r}: empty; something to score expected")
+        shape = self.shape([prompt], multiple=1)
+        self.check_length(max(map(len, whole)))
+        batch = self._batch([prompt], shape)
+        for name in ("text", "text_mask", "media_mask"):
+            batch[name] = batch[name][:, : same - len(asked) or None]
+        continuations, mask = decoding.pad_continuations([ids[same:] for ids in whole])
+        with self._mesh():
+            found = decoding.score(self.loaded.model, self._variables, batch, continuations, mask)
+        return np.asarray(found)[0], mask.sum(axis=1)
+
+    def _mesh(self) -> AbstractContextManager[None]:
+        return sharding.use_mesh(self.mesh)
+
+    def _batch(self, prompts: Sequence[Prompt], shape: Shape) -> dict[str, jax.Array]:
+        """Placed on the devices; the last prompt fills the batch up."""
+        filled = [*prompts, *[prompts[-1]] * (self.batch_size - len(prompts))]
+        batch = encode_prompts(filled, self.loaded.tokenizer, shape)
+        placed = sharding.put_batch(batch, self._where, self.batch_size)
+        preprocess = self.loaded.preprocess
+        return placed | {"media": transforms.normalize(placed["media"], preprocess.mean, preprocess.std)}
+
+    def _generate(self, batch: Mapping[str, jax.Array], on_tokens: Callable[[np.ndarray], Any] | None = None) -> Any:
+        manner = self.manner
+        self._key, key = jax.random.split(self._key)
+        with self._mesh():
+            return decoding.generate(
+                self.loaded.model, self._variables, batch, max_new_tokens=manner.max_new_tokens,
+                num_beams=manner.num_beams, length_penalty=manner.length_penalty, temperature=manner.temperature,
+                top_k=manner.top_k, top_p=manner.top_p, key=key, stop_ids=self.stop_ids,
+                stop_strings=() if manner.num_beams > 1 else manner.stop, decode=self._decode, on_tokens=on_tokens,
+            )  # fmt: skip
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.loaded.tokenizer.decode(ids)
+
+    def _texts(self, generated: decoding.Generated, count: int) -> list[str]:
+        rows = zip(np.asarray(generated.tokens)[:count], np.asarray(generated.lengths), strict=False)
+        words = [[int(token) for token in row[:length] if token not in self.stop_ids] for row, length in rows]
+        return [decoding.truncate(self._decode(ids), self.manner.stop).strip() for ids in words]
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """What of a text that still grows stays: without a character, a blank or a stop string that has only begun."""
+    text = decoding.truncate(text, stop)
+    begun = max((k for s in stop for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
+    return text[: len(text) - begun].rstrip("\N{REPLACEMENT CHARACTER}").strip()
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids they begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
