@@ -18,10 +18,10 @@ from clip_jax.errors import CheckpointError, ConfigError, DataError
 from clip_jax.interop.mapping import Report
 from clip_jax.loading import check_finite, preprocess_of
 from clip_jax.training import checkpoint
+from flamingo_jax import decoding
 from flamingo_jax.data.batches import make_batch
 from flamingo_jax.data.conventions import Convention, open_convention
 from flamingo_jax.data.tokenizer import BOS, TextTokenizer, open_tokenizer
-from flamingo_jax.decoding.generate import make_generate
 from flamingo_jax.interop import published
 from flamingo_jax.interop.imported import initial_variables
 from flamingo_jax.models.flamingo import Flamingo
@@ -66,22 +66,10 @@ class Loaded:
 
         Raises ConfigError for a batch that is padded on the right, or settings that make no sense.
         """
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens {max_new_tokens}: at least 1 expected")
-        if num_beams != 1:
-            raise ConfigError(f"num_beams {num_beams}: only 1, greedy decoding, is supported")
-        if not np.asarray(batch["text_mask"])[:, -1].all():
-            raise ConfigError("a prompt ends in padding; generation needs prompts padded on the left")
-        return self._greedy(params, dict(batch), max_new_tokens)
-
-    @cached_property
-    def _greedy(self) -> Callable[[Mapping[str, Any], Batch, int], jax.Array]:
-        model, end_id = self.model, self.convention.end_id
-
-        def generate(params: Mapping[str, Any], batch: Batch, new_tokens: int) -> jax.Array:
-            return make_generate(model, new_tokens, end_id)(params, batch)
-
-        return jax.jit(generate, static_argnums=2)
+        return decoding.generate(
+            self.model, params, batch, max_new_tokens=max_new_tokens, num_beams=num_beams,
+            stop_ids=(self.convention.end_id,),
+        ).tokens  # fmt: skip
 
     def make_batch(self, images: Any, text_ids: Any, text_mask: Any = None) -> dict[str, np.ndarray]:
         """A batch from what users of the model's family pass it; see `flamingo_jax.data.batches.make_batch`."""

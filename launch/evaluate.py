@@ -33,7 +33,6 @@ from typing import Any
 import jax
 import ml_collections
 from absl import flags
-from flamingo_jax.loading import load as load_flamingo
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -49,6 +48,7 @@ from flamingo_jax.evaluation import benchmarks, few_shot, harness
 from flamingo_jax.evaluation.model import FlamingoModel
 from flamingo_jax.evaluation.results import evaluate_to
 from flamingo_jax.evaluation.rices import check_pictures, embed_pictures
+from flamingo_jax.loading import load as load_flamingo
 from flamingo_jax.training.flamingo_task import FlamingoTask
 from launch import command
 from launch.tasks import build_task
@@ -85,8 +85,7 @@ SUPPORT_COUNT = flags.DEFINE_integer(
 PERMUTATIONS = flags.DEFINE_integer("permutations", DEFAULTS.permutations, "Of the shots, for classes.", lower_bound=1)
 BEAMS = flags.DEFINE_integer("beams", DEFAULTS.beams, "Of the search for answers and captions.", lower_bound=1)
 MAX_TOKENS = flags.DEFINE_integer(
-    "max-tokens", 0, f"Of an answer; by default {harness.NEW_TOKENS['vqa']}, of captions {harness.NEW_TOKENS['captioning']}.",
-    lower_bound=0,
+    "max-tokens", 0, f"Of an answer, 0 for what its kind has: {harness.NEW_TOKENS}.", lower_bound=0
 )  # fmt: skip
 PROMPTS = flags.DEFINE_integer("prompts", 8, "That are read at once.", lower_bound=1)
 SHOWN = 24  # examples of each source that predictions.json holds
@@ -121,19 +120,19 @@ def evaluate_benchmark() -> None:
     pictures = harness.pictures(benchmark, support, settings)
     check_pictures(pictures, THREADS.value)
     mesh = sharding.make_mesh()
-    with sharding.use_mesh(mesh):
-        spec = FLAMINGO.value or WORKDIR.value
-        loaded = load_flamingo(
-            spec, language_model=LANGUAGE_MODEL.value, vision=VISION.value, tokenizer=TOKENIZER.value,
-            preprocess=PREPROCESS.value, mesh=mesh,
-        )  # fmt: skip
-        embeddings = None
-        if RICES.value:
+    spec = FLAMINGO.value or WORKDIR.value
+    loaded = load_flamingo(
+        spec, language_model=LANGUAGE_MODEL.value, vision=VISION.value, tokenizer=TOKENIZER.value,
+        preprocess=PREPROCESS.value, mesh=mesh,
+    )  # fmt: skip
+    embeddings = None
+    if RICES.value:
+        with sharding.use_mesh(mesh):
             clip = load(RICES.value, mesh=mesh)
             embeddings = embed_pictures(clip, mesh, pictures, batch_size=BATCH_SIZE.value, threads=THREADS.value)
-        model = FlamingoModel(loaded, mesh, spec, PROMPTS.value, THREADS.value)
-        evaluation = harness.Evaluation(model, benchmark, support, settings, embeddings, RICES.value or "")
-        results = evaluate_to(evaluation, Path(OUTPUT.value))
+    model = FlamingoModel(loaded, mesh, spec, PROMPTS.value, THREADS.value)
+    evaluation = harness.Evaluation(model, benchmark, support, settings, embeddings, RICES.value or "")
+    results = evaluate_to(evaluation, Path(OUTPUT.value))
     if jax.process_index() == 0:
         print(harness.table(results))
 

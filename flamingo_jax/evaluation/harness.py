@@ -223,7 +223,8 @@ class Evaluation:
         found = self.model.log_likelihoods(prompts, self.benchmark.classes)
         found = found.reshape(len(asked), -1, len(self.benchmark.classes))
         shown = np.array([self.model.show(prompt) for prompt in prompts], object).reshape(len(asked), -1)
-        for example, texts, values in zip(examples, shown.tolist(), found.tolist(), strict=True):
+        for example, some, texts, values in zip(examples, orders, shown.tolist(), found.tolist(), strict=True):
+            example["orders"] = [order.tolist() for order in some]  # of the shots, in each of the prompts
             example |= {"prompts": texts, "log_likelihoods": values}
 
 

@@ -26,7 +26,7 @@ KEPT = 2048  # pictures that stay decoded; a support set is seen again and again
 class FlamingoModel:
     """Parameters as `flamingo_jax.load(spec, mesh=mesh)` placed them; batches over the data-parallel axes.
 
-    Call it inside `sharding.use_mesh(mesh)`. `spec` is what result files call the model.
+    `spec` is what result files call the model.
     """
 
     def __init__(self, loaded: Loaded, mesh: Mesh, spec: str, batch_size: int = 8, threads: int = 4):
@@ -34,7 +34,8 @@ class FlamingoModel:
         parts = sharding.batch_shards(mesh)
         self._batch_size = -(-batch_size // parts) * parts
         self._where = sharding.batch_sharding(mesh)
-        self._variables = decoding.unstack(loaded.params)
+        with sharding.use_mesh(mesh):
+            self._variables = decoding.unstack(loaded.params)
         convention = loaded.convention
         self._stop_ids = tuple(i for i in (convention.end_id, convention.turn_id) if i is not None)
         self._whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
@@ -84,11 +85,11 @@ class FlamingoModel:
 
     def _written(self, prompt: Prompt, see: Callable[[Path], Media], answer: str | None = None) -> written.Prompt:
         found = written.begin(self._loaded.convention, question=prompt[-1].template or None)
-        for example in prompt[:-1]:
-            found = found.shot(example.image and see(example.image), example.answer, example.question)
-        query = prompt[-1]
-        media = query.image and see(query.image)
-        return found.ask(media, query.question) if answer is None else found.shot(media, answer, query.question)
+        media = [None if example.image is None else see(example.image) for example in prompt]
+        for example, one in zip(prompt[:-1], media, strict=False):
+            found = found.shot(one, example.answer, example.question)
+        asked = prompt[-1].question
+        return found.ask(media[-1], asked) if answer is None else found.shot(media[-1], answer, asked)
 
     def _blank_at(self, image: Path) -> Media:
         return self._blank
@@ -113,14 +114,14 @@ class FlamingoModel:
         self,
         function: Callable[[Mapping[str, jax.Array]], jax.Array],
         prompts: Sequence[Prompt],
-        new: int,
+        new_tokens: int,
         cut: int = 0,
     ) -> np.ndarray:
         """`function` of all prompts, batch by batch; `cut`: how many of their last tokens are left out, below 0."""
-        shape, preprocess = self._shape(prompts, new), self._loaded.preprocess
+        shape, preprocess = self._shape(prompts, new_tokens), self._loaded.preprocess
         rows = sharding.local_rows(self._where, self._batch_size)
         found = []
-        with ThreadPoolExecutor(self._threads) as pool:
+        with ThreadPoolExecutor(self._threads) as pool, sharding.use_mesh(self._mesh):
             for start in range(0, len(prompts), self._batch_size):
                 some = [prompts[min(start + int(row), len(prompts) - 1)] for row in rows]  # the last one fills it up
                 list(pool.map(self._see, {e.image for prompt in some for e in prompt if e.image}))
