@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import ConfigError
 
@@ -163,16 +163,31 @@ def tree_shardings(abstract: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> A
     specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
 
     def fit(path: Any, leaf: Any, sharding: NamedSharding) -> NamedSharding:
-        axes = []
-        for size, axis in zip(leaf.shape, tuple(sharding.spec) + (None,) * leaf.ndim, strict=False):
-            parts = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
-            if size % parts:
-                logging.debug("%s: %d not divisible by %s", jax.tree_util.keystr(path), size, axis)
-                axis = None
-            axes.append(axis)
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        spec = divisible(leaf.shape, tuple(sharding.spec), mesh)
+        if any(axis is not None and kept is None for axis, kept in zip(sharding.spec, spec, strict=False)):
+            logging.debug("%s: %s not divisible by %s", jax.tree_util.keystr(path), leaf.shape, sharding.spec)
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(fit, shapes, specs)
+
+
+def divisible(shape: Sequence[int], spec: Sequence[Any], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The spec without the mesh axes that do not divide their dimension."""
+    axes = []
+    for size, axis in zip(shape, tuple(spec) + (None,) * len(shape), strict=False):
+        parts = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+        axes.append(None if size % parts else axis)
+    return PartitionSpec(*axes)
+
+
+def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """x laid out by its logical axes, inside jit and `use_mesh`. Unlike Linen's constraint, which pads what does not
+    divide, this one leaves such a dimension whole: so a program may return x.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, divisible(x.shape, tuple(nn.logical_to_mesh_axes(tuple(names))), mesh))
 
 
 def abstract(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:

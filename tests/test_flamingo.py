@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from clip_jax import sharding
 from clip_jax.errors import ConfigError
-from flamingo_jax.decoding.generate import make_generate
+from flamingo_jax import decoding
+from flamingo_jax.decoding.generation import read_prompts
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.resampler import interpolate_time
 from flamingo_jax.models.variants import FLAMINGOS, build_flamingo, get_variant
@@ -213,48 +214,25 @@ def test_generation_is_the_whole_models_choice_token_by_token(mesh: Mesh) -> Non
         boxed = jax.eval_shape(model.init, jax.random.key(0), make_batch())
         placed = jax.device_put(variables, sharding.tree_shardings(boxed, mesh))
         inputs = jax.device_put(batch, sharding.batch_sharding(mesh))
-        four, three = (np.asarray(jax.jit(make_generate(model, n, stop_id=V + 5))(placed, inputs)) for n in (4, 3))
-    np.testing.assert_array_equal(four[:, :3], three)
+        four = np.asarray(decoding.generate(model, placed, inputs, max_new_tokens=4).tokens)
+        came: list[np.ndarray] = []  # in one loop, and one by one from the cache
+        decoding.generate(model, placed, inputs, max_new_tokens=4, on_tokens=came.append)
+        _, cache = read_prompts(model, placed, inputs, 3)
+    np.testing.assert_array_equal(np.concatenate(came, axis=1), four)
+    # Every device holds its own rows and its own heads, of the text and of the images.
+    rows, heads = mesh.shape["replica"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    for x in jax.tree.leaves((cache.text, cache.media)):
+        assert x.sharding.shard_shape(x.shape) == (B // rows, x.shape[1] // heads, *x.shape[2:])
 
-    grown = dict(batch)
-    for step in range(4):  # no cache at all: every step reads the whole text
-        chosen = run(model, variables, grown, mesh)[:, -1].argmax(axis=-1).astype(np.int32)
-        np.testing.assert_array_equal(chosen, four[:, step])
-        grown |= {
-            "text": np.concatenate([grown["text"], chosen[:, None]], axis=1),
-            "text_mask": np.concatenate([grown["text_mask"], np.ones((B, 1), bool)], axis=1),
-            "media_mask": np.concatenate([grown["media_mask"], grown["media_mask"][:, -1:]], axis=1),
+    whole = (
+        batch
+        | {  # no cache at all
+            "text": np.concatenate([batch["text"], four[:, :3]], axis=1),
+            "text_mask": np.pad(batch["text_mask"], ((0, 0), (0, 3)), constant_values=True),
+            "media_mask": np.pad(batch["media_mask"], ((0, 0), (0, 3), (0, 0)), mode="edge"),
         }
-
-
-def test_generation_stops_at_the_end_of_the_chunk() -> None:
-    model = build()
-    variables = variables_of(model, 0.5)
-    batch = make_batch()
-    free = np.asarray(jax.jit(make_generate(model, 5, stop_id=V + 5))(variables, batch))
-    stop = int(free[0, 1])  # what the first row says second
-    said = np.asarray(jax.jit(make_generate(model, 5, stop_id=stop))(variables, batch))
-    for row, expected in zip(said, free, strict=True):
-        at = next((i for i, token in enumerate(expected) if token == stop), 5)
-        np.testing.assert_array_equal(row[:at], expected[:at])
-        assert (row[at:] == stop).all()
-
-
-def test_generation_is_compiled_once_for_a_shape() -> None:
-    model = build()
-    variables = variables_of(model, 0.5)
-    traced = 0
-    generate = make_generate(model, 2, stop_id=V)
-
-    def counted(variables: Any, batch: Any) -> jax.Array:
-        nonlocal traced
-        traced += 1
-        return generate(variables, batch)
-
-    compiled = jax.jit(counted)
-    for seed in range(3):
-        compiled(variables, make_batch(seed))
-    assert traced == 1
+    )
+    np.testing.assert_array_equal(run(model, variables, whole, mesh)[:, -4:].argmax(axis=-1), four)
 
 
 def test_wrong_heads_are_named() -> None:

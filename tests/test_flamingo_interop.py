@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from clip_jax.errors import CheckpointError
 from clip_jax.interop.tensors import Tensors, read_tensors
-from flamingo_jax.decoding.generate import make_generate
+from flamingo_jax.decoding import generate
 from flamingo_jax.interop import idefics
 from flamingo_jax.interop.idefics import read_idefics
 from flamingo_jax.interop.open_flamingo import ImportedFlamingo, read_open_flamingo
@@ -77,7 +77,7 @@ def test_generation_keeps_the_blocks_before_the_first_gated_one() -> None:
     assert model.config["first_block"] == 1
     batch = {key: value[[0, 1, 3]] for key, value in open_flamingo_batch(inputs, meta).items()}  # padded on the left
     with jax.default_matmul_precision("highest"):
-        said = np.asarray(jax.jit(make_generate(build_flamingo(model.config), new, stop_id=-1))(model.variables, batch))
+        said = np.asarray(generate(build_flamingo(model.config), model.variables, batch, max_new_tokens=new).tokens)
     grown = batch | {
         "text": np.concatenate([batch["text"], said], axis=1),
         "text_mask": np.pad(batch["text_mask"], ((0, 0), (0, new)), constant_values=True),
@@ -115,9 +115,9 @@ def test_logits_and_generated_tokens_are_idefics(case: str) -> None:
     assert set(model.report.used) == set(read_tensors(ORACLES / case))
     legacy = json.loads((ORACLES / case / "config_legacy.json").read_text())
     assert idefics.model_fields(legacy, "") == model.config
-    generate = jax.jit(make_generate(build_flamingo(model.config), 8, stop_id=-1))
     with jax.default_matmul_precision("highest"):
-        np.testing.assert_array_equal(generate(model.variables, batch), expected["generated"])
+        said = generate(build_flamingo(model.config), model.variables, batch, max_new_tokens=8)
+    np.testing.assert_array_equal(said.tokens, expected["generated"])
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from conftest import ORACLES
 from clip_jax import sharding
 from clip_jax.errors import ConfigError
 from flamingo_jax.interop import huggingface
-from flamingo_jax.models.language_model import DecoderSpec, LanguageModel, causal_mask, positions, run_blocks
+from flamingo_jax.models import flamingo
+from flamingo_jax.models.language_model import DecoderSpec, LanguageModel, causal_mask, positions
 
 CASES = ("lm_llama", "lm_gpt2", "lm_neox", "lm_opt", "lm_mpt")
 TINY: dict[str, Any] = dict(vocab_size=50, width=24, layers=2, heads=6, kv_heads=2, mlp_width=40)
@@ -130,14 +131,18 @@ def test_a_cache_changes_no_logits(name: str) -> None:
     def read(params: Any, text: Any, position: Any, seen: Any, cache: Any, start: Any) -> Any:
         x = model.apply({"params": params}, text, method="embed")
         x = model.apply({"params": params}, x, position, S, method="place")
-        x, cache = run_blocks(model.block(), params["blocks"], x, position, seen, cache, start)
-        return model.apply({"params": params}, x, method="logits")[0], cache
+        kept = []
+        for i in range(model.layers):
+            block = {"params": flamingo.layer(params["blocks"], i)}
+            x, pair = model.block().apply(block, x, position, seen, cache[i], start)
+            kept.append(pair)
+        return model.apply({"params": params}, x, method="logits")[0], kept
 
     with jax.default_matmul_precision("highest"):
         expected = np.asarray(jax.jit(model.apply)({"params": params}, text, mask))
         position, seen = positions(jnp.asarray(mask)), causal_mask(jnp.asarray(mask))
-        shape = (model.layers, 2, S, model.kv_heads, model.spec.head_size)
-        cache = (jnp.zeros(shape), jnp.zeros(shape))
+        zeros = jnp.zeros((2, model.kv_heads, S, model.spec.head_size))
+        cache = [(zeros, zeros)] * model.layers
         got, cache = read(params, text[:, :first], position[:, :first], seen[:, :first], cache, 0)
         steps = [got]
         for at in range(first, S):

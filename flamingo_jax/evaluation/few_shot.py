@@ -22,7 +22,7 @@ from flamingo_jax.data.documents import Document, Media, Shape, encode, length
 from flamingo_jax.data.emoji import catalogue
 from flamingo_jax.data.prompts import CAPTION, Shot, few_shot, question
 from flamingo_jax.data.tokenizer import TextTokenizer
-from flamingo_jax.decoding.generate import make_generate
+from flamingo_jax.decoding import generate
 from flamingo_jax.evaluation.captioning import cider
 from flamingo_jax.evaluation.statistics import bootstrap_interval
 from flamingo_jax.evaluation.vqa import exact_match
@@ -47,15 +47,16 @@ class Responder:
 
     def __post_init__(self) -> None:
         task, everywhere = self.task, sharding.replicated(self.mesh)
-        generate = make_generate(task.model, self.answer_tokens, task.end_id)
+
+        def answers(variables: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
+            new, stop_ids = self.answer_tokens, (task.end_id,)
+            return generate(task.model, variables, task.inputs(batch), max_new_tokens=new, stop_ids=stop_ids).tokens
 
         def losses(variables: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
             each, mask = task.token_losses(variables, batch)
             return (each * mask).sum(axis=1) / mask.sum(axis=1)
 
-        object.__setattr__(
-            self, "_generate", jax.jit(lambda v, batch: generate(v, task.inputs(batch)), out_shardings=everywhere)
-        )
+        object.__setattr__(self, "_generate", jax.jit(answers, out_shardings=everywhere))
         object.__setattr__(self, "_losses", jax.jit(losses, out_shardings=everywhere))
 
     def answers(self, prompts: Sequence[Document], shape: Shape) -> list[str]:

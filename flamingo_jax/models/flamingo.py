@@ -3,7 +3,7 @@ gated cross-attention before the language model's blocks 0, n, 2n, … OpenFlami
 with other fields. Dimension letters: see `layers.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.models.layers import Array, normal
-from flamingo_jax.models.gated_attention import GatedCrossAttention, GatedSpec, KeyValue
-from flamingo_jax.models.language_model import Cache, LanguageModel, causal_mask, positions, run_blocks
+from flamingo_jax.models.gated_attention import GatedCrossAttention, GatedSpec
+from flamingo_jax.models.language_model import KeyValue, LanguageModel, causal_mask, positions, run_blocks
 from flamingo_jax.models.resampler import PerceiverResampler
 
 
@@ -45,7 +45,7 @@ class Flamingo(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
-            length=-(-(self.language_model.layers - self.first_block) // self.interval),
+            length=self.gated_blocks,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(**self._gated_fields())
         self.extra_embedding_ExD = self.param(
@@ -67,7 +67,7 @@ class Flamingo(nn.Module):
     def __call__(self, batch: Mapping[str, Array]) -> Array:
         media = self.see(batch["media"], batch["frame_mask"])
         text_mask = batch["text_mask"]
-        x, _ = self.read(
+        x = self.read(
             self.embed(batch["text"]), positions(text_mask), causal_mask(text_mask), media, batch["media_mask"]
         )
         return self.logits(x)
@@ -96,59 +96,85 @@ class Flamingo(nn.Module):
         )
         return jnp.concatenate([known, extra], axis=-1)
 
-    def keys_values(self, media_BxSxC: Array) -> KeyValue:
-        """Keys and values of every gated block, stacked: what generation computes once."""
-        block = GatedCrossAttention(**self._gated_fields(), parent=None)
-        return jax.lax.map(
-            lambda params: block.apply({"params": params}, media_BxSxC, method=block.keys_values),
-            self.variables["params"]["gated"],
+    def keys_values(self, media_BxSxC: Array) -> tuple[KeyValue, ...]:
+        """Keys and values [B, H, S, K] of every gated block: what decoding computes once."""
+        block, gated = GatedCrossAttention(**self._gated_fields(), parent=None), self.variables["params"]["gated"]
+        return tuple(
+            block.apply({"params": layer(gated, i)}, media_BxSxC, method=block.keys_values)
+            for i in range(self.gated_blocks)
         )
 
-    def read(
-        self, x_BxLxD: Array, position_BxL: Array, mask_BxLxS: Array, media_BxMxC: Array | KeyValue,
-        media_mask_BxLxT: Array, cache: Cache | None = None, start: Any = 0,
-    ) -> tuple[Array, Cache]:  # fmt: skip
-        """The language model's blocks with the gated ones between: (x, keys and values of its self-attention).
+    @property
+    def gated_blocks(self) -> int:
+        return -(-(self.language_model.layers - self.first_block) // self.interval)
 
-        `media` is what `see` returned, or what `keys_values` made of it.
-        """
+    def read(
+        self, x_BxLxD: Array, position_BxL: Array, mask_BxLxS: Array, media_BxMxC: Array, media_mask_BxLxT: Array
+    ) -> Array:
+        """The language model's blocks with the gated ones between; `media` is what `see` returned."""
         seen = jnp.repeat(media_mask_BxLxT, self.resampler.latents, axis=2)
         x_BxLxD = self.language_model.place(x_BxLxD, position_BxL, mask_BxLxS.shape[-1])
         if self.is_initializing():
             x, _ = self.gated(x_BxLxD, media_BxMxC, seen)
-            x, kept = self.language_model.blocks(x, position_BxL, mask_BxLxS)
-            return x, kept
+            return self.language_model.blocks(x, position_BxL, mask_BxLxS)[0]
 
         gated_block = GatedCrossAttention(**self._gated_fields(), parent=None)
         block, n = self.language_model.block(), self.interval
-        made = media_BxMxC if isinstance(media_BxMxC, tuple) else None
 
-        def group(x: Array, inputs: Any) -> tuple[Array, Cache]:
+        def group(x: Array, inputs: Any) -> tuple[Array, None]:
             """A gated block and the n blocks of the language model that it stands before."""
-            gated, blocks, key_value, kept = inputs
-            x, _ = gated_block.apply({"params": gated}, x, media_BxMxC if made is None else key_value, seen)
-            return run_blocks(block, blocks, x, position_BxL, mask_BxLxS, kept, start)
+            gated, blocks = inputs
+            x, _ = gated_block.apply({"params": gated}, x, media_BxMxC, seen)
+            return run_blocks(block, blocks, x, position_BxL, mask_BxLxS), None
 
         gated, blocks = self.variables["params"]["gated"], self.language_model.variables["params"]["blocks"]
         f = self.first_block
         whole = (self.language_model.layers - f) // n
         end = f + whole * n
 
-        def groups(tree: Any) -> Any:
-            return jax.tree.map(lambda x: x[f:end].reshape(whole, n, *x.shape[1:]), tree)
-
         def cut(tree: Any, *where: int | None) -> Any:
             return jax.tree.map(lambda x: x[slice(*where)], tree)
 
-        x, parts = x_BxLxD, []
+        x = x_BxLxD
         if f:
-            x, kept = run_blocks(block, cut(blocks, f), x, position_BxL, mask_BxLxS, cut(cache, f), start)
-            parts.append(kept)
+            x = run_blocks(block, cut(blocks, f), x, position_BxL, mask_BxLxS)
         step = jax.checkpoint(group) if self.remat else group
-        x, kept = jax.lax.scan(step, x, (cut(gated, whole), groups(blocks), cut(made, whole), groups(cache)))
-        parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept))
+        groups = jax.tree.map(lambda x: x[f:end].reshape(whole, n, *x.shape[1:]), blocks)
+        x, _ = jax.lax.scan(step, x, (cut(gated, whole), groups))
         if end < self.language_model.layers:  # the last group is shorter
-            gate, key_value = jax.tree.map(lambda x: x[whole], (gated, made))
-            x, kept = step(x, (gate, cut(blocks, end, None), key_value, cut(cache, end, None)))
-            parts.append(kept)
-        return x, parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+            x, _ = step(x, (layer(gated, whole), cut(blocks, end, None)))
+        return x
+
+    def read_cached(
+        self, x_QxLxD: Array, position_QxL: Array, mask_QxLxS: Array, media: Sequence[KeyValue],
+        media_mask_QxLxT: Array, cache: Sequence[KeyValue] | None, start: Any, slots: int,
+    ) -> tuple[Array, tuple[KeyValue, ...]]:  # fmt: skip
+        """`read` for decoding: (x, keys and values of every block's self-attention), into slots from `start` on.
+
+        Q = B·n rows: n at a time share the images of one of the B rows whose keys and values `media` are (see
+        `keys_values`). Without a cache, S = L and nothing came before. Rows have `slots` places in the end.
+
+        Block by block, not a scan: each one's weights are read where they lie, and its keys and values are updated
+        in place. A scan copies both.
+        """
+        seen = jnp.repeat(media_mask_QxLxT, self.resampler.latents, axis=2)
+        x = self.language_model.place(x_QxLxD, position_QxL, slots)
+        gated_block = GatedCrossAttention(**self._gated_fields(), parent=None)
+        block, kept = self.language_model.block(), []
+        gated, blocks = self.variables["params"]["gated"], self.language_model.variables["params"]["blocks"]
+        for i in range(self.language_model.layers):
+            g, after = divmod(i - self.first_block, self.interval)
+            if g >= 0 and not after:
+                B = media[g][0].shape[0]
+                shared, mask = x.reshape(B, -1, x.shape[-1]), seen.reshape(B, -1, seen.shape[-1])
+                x = gated_block.apply({"params": layer(gated, g)}, shared, media[g], mask)[0].reshape(x.shape)
+            x, key_value = block.apply(
+                {"params": layer(blocks, i)}, x, position_QxL, mask_QxLxS, cache[i] if cache else None, start
+            )
+            kept.append(key_value)
+        return x, tuple(kept)
+
+
+def layer(blocks: Any, i: int) -> Any:
+    """The parameters of one block: of a tuple, or of stacked ones."""
+    return blocks[i] if isinstance(blocks, tuple) else jax.tree.map(lambda x: x[i], blocks)

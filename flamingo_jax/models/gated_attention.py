@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.layers import RESIDUAL, Array, attention, layer_norm, zeros
+from clip_jax.models.layers import RESIDUAL, Array, layer_norm, zeros
 from flamingo_jax.models.layers import FeedForward, Projection, RMSNorm
 
-KeyValue = tuple[Array, Array]  # [B, T·R, H, K] each
+KeyValue = tuple[Array, Array]  # [B, H, T·R, K] each
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,17 @@ class GatedCrossAttention(nn.Module):
     def keys_values(self, media_BxSxC: Array) -> KeyValue:
         media = self.media_norm(media_BxSxC) if self.spec.media_norm else media_BxSxC
         key = self.key(media)
-        return self.key_norm(key) if self.spec.qk_norm else key, self.value(media)
+        key = self.key_norm(key) if self.spec.qk_norm else key
+        return key.swapaxes(1, 2), self.value(media).swapaxes(1, 2)
 
     def __call__(self, x_BxLxD: Array, media: Array | KeyValue, mask_BxLxS: Array) -> tuple[Array, None]:
         key, value = media if isinstance(media, tuple) else self.keys_values(media)
         query = self.query(self.text_norm(x_BxLxD))
         query = self.query_norm(query) if self.spec.qk_norm else query
-        y = attention(query, key, value, mask_BxLxS[:, None])
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        logits = jnp.einsum("BLHK,BHSK->BHLS", query * self.head_size**-0.5, key, preferred_element_type=wide)
+        logits = jnp.where(mask_BxLxS[:, None], logits, jnp.finfo(wide).min)
+        y = jnp.einsum("BHLS,BHSK->BLHK", nn.softmax(logits, axis=-1).astype(self.dtype), value)
         y = self.out(jnp.where(mask_BxLxS.any(-1)[..., None, None], y, 0))
         gated = self.spec.gate == "tanh"
         x_BxLxD = x_BxLxD + (jnp.tanh(self.attention_gate).astype(self.dtype) * y if gated else y)

@@ -15,7 +15,7 @@ from clip_jax.models.layers import RESIDUAL, Array, layer_norm, normal, zeros
 from flamingo_jax.models.layers import ACTIVATIONS, Projection, RMSNorm, feed_forward
 from flamingo_jax.models.positions import alibi, relative_logits, rotary, sinusoids
 
-Cache = tuple[Array, Array]  # keys and values [B, S, J, K] of one block, or stacked [layers, …] of all
+KeyValue = tuple[Array, Array]  # of one block, [B, J, S, K] each
 
 CHOICES = {
     "norm": ("rms", "layer"),
@@ -74,7 +74,9 @@ class DecoderSpec:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). With a cache, keys and values are written at `start`.
+    """x + attention(norm(x)), then x + feed-forward(norm(x)): (x, keys and values of all slots).
+
+    With a cache, keys and values are written into it from slot `start` on.
 
     Slots: the place of a query or key in the row, padding included. Relative positions are differences of slots,
     which are those of tokens, as padding stands before or after a text.
@@ -85,8 +87,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: Array, position_BxL: Array, mask_BxLxS: Array, cache: Cache | None = None, start: Any = 0
-    ) -> tuple[Array, Cache]:
+        self, x_BxLxD: Array, position_BxL: Array, mask_BxLxS: Array, cache: KeyValue | None = None, start: Any = 0
+    ) -> tuple[Array, KeyValue]:
         y, kept = self.attention(self.norm("attention_norm")(x_BxLxD), position_BxL, mask_BxLxS, cache, start)
         if self.spec.parallel_residual:
             y = y + self.feed_forward(self.norm("mlp_norm")(x_BxLxD))
@@ -103,8 +105,8 @@ class Block(nn.Module):
         return (2 * self.spec.layers * self.spec.width) ** -0.5
 
     def attention(
-        self, y_BxLxD: Array, position_BxL: Array, mask_BxLxS: Array, cache: Cache | None, start: Any
-    ) -> tuple[Array, Cache]:
+        self, y_BxLxD: Array, position_BxL: Array, mask_BxLxS: Array, cache: KeyValue | None, start: Any
+    ) -> tuple[Array, KeyValue]:
         spec, dtype = self.spec, self.dtype
         D, H, J, K = spec.width, spec.heads, spec.kv_heads, spec.head_size
         G, L, S = H // J, y_BxLxD.shape[1], mask_BxLxS.shape[-1]
@@ -122,9 +124,10 @@ class Block(nn.Module):
             q = rotary(q, position_BxL, spec.rope_theta, spec.rotary_size)
             k = rotary(k, position_BxL, spec.rope_theta, spec.rotary_size)
         q = nn.with_logical_constraint(q, ("batch", "length", "heads", "head_size"))
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as the products below read them: a cache is never transposed
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, axis=1)
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, axis=2)
 
         wide = jnp.promote_types(dtype, jnp.float32)
         grouped = q.reshape(*q.shape[:2], J, G, K)
@@ -138,7 +141,7 @@ class Block(nn.Module):
             r = Projection("TD,DHK->THK", (D, H, K), axes, D**-0.5, dtype, name="position")(sinusoids(distance_T, D))
             bias = relative_logits((grouped + v_JxGxK) * K**-0.5, r.reshape(L + S, J, G, K), S, wide)
             grouped = grouped + u_JxGxK
-        logits = jnp.einsum("BLJGK,BSJK->BJGLS", grouped * K**-0.5, k, preferred_element_type=wide)
+        logits = jnp.einsum("BLJGK,BJSK->BJGLS", grouped * K**-0.5, k, preferred_element_type=wide)
         if spec.positions == "relative":
             logits = logits + bias
         if spec.positions == "alibi":
@@ -146,7 +149,7 @@ class Block(nn.Module):
             logits = logits + alibi(H, distance_LxS, wide).reshape(J, G, L, S)
         logits = jnp.where(mask_BxLxS[:, None, None], logits, jnp.finfo(wide).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
-        y = jnp.einsum("BJGLS,BSJK->BLJGK", weights, v).reshape(q.shape)
+        y = jnp.einsum("BJGLS,BJSK->BLJGK", weights, v).reshape(q.shape)
         axes = ("heads", "head_size", "embed")
         out = Projection("BLHK,HKD->BLD", (H, K, D), axes, self.out_std, dtype, int(spec.biases), name="out")
         return out(y), (k, v)
@@ -201,7 +204,7 @@ class LanguageModel(nn.Module):
         return Block(self.spec, self.dtype, parent=None)
 
     def embed(self, text_BxL: Array) -> Array:
-        return self.embedding_VxD.astype(self.dtype)[text_BxL]
+        return self.embedding_VxD[text_BxL].astype(self.dtype)
 
     def place(self, x_BxLxD: Array, position_BxL: Array, slots: int) -> Array:
         """x with learned positions added, where the model has such; rows have `slots` places.
@@ -230,7 +233,7 @@ class LanguageModel(nn.Module):
         if self.is_initializing():
             x, _ = self.blocks(x, position, mask)
         else:
-            x, _ = run_blocks(self.block(), self.variables["params"]["blocks"], x, position, mask)
+            x = run_blocks(self.block(), self.variables["params"]["blocks"], x, position, mask)
         return self.logits(x)[0]
 
 
@@ -251,14 +254,10 @@ def causal_mask(mask_BxL: Array) -> Array:
     return jnp.tril(jnp.ones((length, length), bool)) & mask_BxL[:, None, :]
 
 
-def run_blocks(
-    block: Block, params: Any, x_BxLxD: Array, position_BxL: Array, mask_BxLxS: Array,
-    cache: Cache | None = None, start: Any = 0,
-) -> tuple[Array, Cache]:  # fmt: skip
-    """A scan over stacked blocks: (x, keys and values of each)."""
+def run_blocks(block: Block, params: Any, x_BxLxD: Array, position_BxL: Array, mask_BxLxS: Array) -> Array:
+    """A scan over stacked blocks."""
 
-    def step(x: Array, inputs: tuple[Any, Cache | None]) -> tuple[Array, Cache]:
-        layer, kept = inputs
-        return block.apply({"params": layer}, x, position_BxL, mask_BxLxS, kept, start)
+    def step(x: Array, layer: Any) -> tuple[Array, None]:
+        return block.apply({"params": layer}, x, position_BxL, mask_BxLxS)[0], None
 
-    return jax.lax.scan(step, x_BxLxD, (params, cache))
+    return jax.lax.scan(step, x_BxLxD, params)[0]
