@@ -21,7 +21,7 @@ from clip_jax.training import checkpoint
 from flamingo_jax.data.batches import make_batch
 from flamingo_jax.data.conventions import Convention, open_convention
 from flamingo_jax.data.tokenizer import BOS, TextTokenizer, open_tokenizer
-from flamingo_jax.decoding.generate import make_generate
+from flamingo_jax.decoding import generate
 from flamingo_jax.interop import published
 from flamingo_jax.interop.imported import initial_variables
 from flamingo_jax.models.flamingo import Flamingo
@@ -58,30 +58,20 @@ class Loaded:
         return jax.jit(self.model.apply)
 
     def generate(
-        self, params: Mapping[str, Any], batch: Batch, *, max_new_tokens: int = 20, num_beams: int = 1
+        self, params: Mapping[str, Any], batch: Batch, *, max_new_tokens: int = 20, num_beams: int = 1, **options: Any
     ) -> jax.Array:
-        """What the model goes on with, [B, max_new_tokens] int32; after the convention's `end_id` nothing but that.
+        """What the model goes on with, [B, max_new_tokens] int32; after a row's end nothing but `end_id`.
 
-        Prompts must be padded on the left. Pure, and compiled once for every shape of batch and every setting.
-
-        Raises ConfigError for a batch that is padded on the right, or settings that make no sense.
+        Pure, and compiled once for every shape of batch. `options`, and what is raised: see
+        `flamingo_jax.decoding.generate`, which also returns lengths and scores.
         """
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens {max_new_tokens}: at least 1 expected")
-        if num_beams != 1:
-            raise ConfigError(f"num_beams {num_beams}: only 1, greedy decoding, is supported")
-        if not np.asarray(batch["text_mask"])[:, -1].all():
-            raise ConfigError("a prompt ends in padding; generation needs prompts padded on the left")
-        return self._greedy(params, dict(batch), max_new_tokens)
+        options = {"stop_ids": self.stop_ids, "decode": self.tokenizer.decode} | options
+        return generate(self.model, params, batch, max_new_tokens=max_new_tokens, num_beams=num_beams, **options).tokens
 
-    @cached_property
-    def _greedy(self) -> Callable[[Mapping[str, Any], Batch, int], jax.Array]:
-        model, end_id = self.model, self.convention.end_id
-
-        def generate(params: Mapping[str, Any], batch: Batch, new_tokens: int) -> jax.Array:
-            return make_generate(model, new_tokens, end_id)(params, batch)
-
-        return jax.jit(generate, static_argnums=2)
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens at which an answer ends: `end_id` and, in a chat, the end of a turn."""
+        return tuple(i for i in (self.convention.end_id, self.convention.turn_id) if i is not None)
 
     def make_batch(self, images: Any, text_ids: Any, text_mask: Any = None) -> dict[str, np.ndarray]:
         """A batch from what users of the model's family pass it; see `flamingo_jax.data.batches.make_batch`."""

@@ -299,14 +299,13 @@ def test_a_batch_that_does_not_fit_is_named(idefics: Loaded, images: Any, ids: A
 
 
 def test_generation_asks_for_what_it_can_do(idefics: Loaded) -> None:
-    batch = idefics.make_batch(None, [[1, 5]], [[1, 0]])
-    for settings, message in [
-        (dict(max_new_tokens=0), "max_new_tokens 0: at least 1 expected"),
-        (dict(max_new_tokens=2, num_beams=0), "num_beams 0"),
-        (dict(max_new_tokens=2), "a prompt ends in padding"),
+    for mask, settings, message in [
+        ([[1, 1]], dict(max_new_tokens=0), "max_new_tokens 0, num_beams 1: expected at least 1"),
+        ([[1, 1]], dict(max_new_tokens=2, num_beams=0), "num_beams 0"),
+        ([[1, 0]], dict(max_new_tokens=2), "prompt 0 ends in padding: expected padding on the left"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            idefics.generate(idefics.params, batch, **settings)
+            idefics.generate(idefics.params, idefics.make_batch(None, [[1, 5]], mask), **settings)
 
 
 def test_a_replica_of_another_shape_cannot_be_told_to_idefics(tmp_path: Path) -> None:
