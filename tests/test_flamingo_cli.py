@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,12 +49,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's workdir with the quickstart's debug model; of random numbers, so that images matter."""
     workdir, config = tmp_path_factory.mktemp("ours"), quickstart.get_config("debug")
-    task, rng = FlamingoTask(config, sharding.make_mesh()), np.random.default_rng(1)
-    params, state = jax.tree.map(
-        lambda leaf: rng.normal(0.5 if leaf.ndim < 2 else 0.0, 0.2, leaf.shape).astype(np.float32),
-        sharding.unbox(jax.eval_shape(task.init, jax.random.key(0))),
-    )
-    items = {f"params.{name}": {name: tree} for name, tree in params.items()} | {"state": jax.tree.map(np.abs, state)}
+    task, rng = FlamingoTask(config, sharding.make_mesh()), np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        name = jax.tree_util.keystr(path)
+        if leaf.ndim < 2 or "norm" in name or "mean" in name:
+            return np.full(
+                leaf.shape, 0.05 if "var" in name else float("bias" not in name and "mean" not in name), "f4"
+            )
+        return rng.normal(0, 0.5 if "gated" in name or "resampler" in name else 0.2, leaf.shape).astype(np.float32)
+
+    shapes = sharding.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    params, state = jax.tree_util.tree_map_with_path(draw, shapes)
+    items = {f"params.{name}": {name: tree} for name, tree in params.items()} | {"state": state}
     metadata = run_metadata(config, task) | {"step": 7}
     (workdir / "checkpoints").mkdir()
     checkpoint.write(workdir / "checkpoints" / "00000007", items, metadata)
@@ -80,6 +88,12 @@ def idefics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": "<s>"}))
     return directory
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -118,7 +132,7 @@ def test_captions_are_what_the_model_says(
 
 
 def test_answers_follow_the_shots(
-    ours: Path, loaded: Loaded, pictures: Path, capsys: pytest.CaptureFixture[str]
+    one_device: None, ours: Path, loaded: Loaded, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = pictures / "lime.png"
     question = ("--question", "what now?", "--shots", pictures / "shots.jsonl", "--show-prompt")
@@ -131,7 +145,7 @@ def test_answers_follow_the_shots(
 
 
 def test_scores_are_log_likelihoods(
-    ours: Path, loaded: Loaded, pictures: Path, capsys: pytest.CaptureFixture[str]
+    one_device: None, ours: Path, loaded: Loaded, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, texts = pictures / "red.png", ["a dog", "the big cat", "a"]
     options = [option for text in texts for option in ("--text", text)]
@@ -154,7 +168,7 @@ def test_scores_are_log_likelihoods(
 
 
 def test_a_chat_keeps_its_history(
-    idefics: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_device: None, idefics: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [f"What is in {pictures}/red.png?", "/image nowhere.png", f"/image {pictures}/blue.png", "And this?",
              "/prompt", "/reset", "/prompt", "/huh", "/quit", "never read"]  # fmt: skip
@@ -223,7 +237,7 @@ def test_weights_come_in_and_go_out(idefics: Path, tmp_path: Path, capsys: pytes
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(
-    arguments: list[str], expected: str, ours: Path, pictures: Path, tmp_path: Path
+    one_device: None, arguments: list[str], expected: str, ours: Path, pictures: Path, tmp_path: Path
 ) -> None:
     good = json.dumps({"image": str(pictures / "red.png"), "question": "what?", "answer": "red"})
     (tmp_path / "lost.jsonl").write_text(f'{good}\n{{"image": "lost.png", "question": "a", "answer": "b"}}\n')
