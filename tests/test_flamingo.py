@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from clip_jax import sharding
 from clip_jax.errors import ConfigError
 from flamingo_jax import decoding
-from flamingo_jax.decoding.generation import read_prompts
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.resampler import interpolate_time
 from flamingo_jax.models.variants import FLAMINGOS, build_flamingo, get_variant
@@ -217,7 +216,7 @@ def test_generation_is_the_whole_models_choice_token_by_token(mesh: Mesh) -> Non
         four = np.asarray(decoding.generate(model, placed, inputs, max_new_tokens=4).tokens)
         came: list[np.ndarray] = []  # in one loop, and one by one from the cache
         decoding.generate(model, placed, inputs, max_new_tokens=4, on_tokens=came.append)
-        _, cache = read_prompts(model, placed, inputs, 3)
+        _, cache = decoding.read_prompts(model, placed, inputs, 3)
     np.testing.assert_array_equal(np.concatenate(came, axis=1), four)
     # Every device holds its own rows and its own heads, of the text and of the images.
     rows, heads = mesh.shape["replica"] * mesh.shape["fsdp"], mesh.shape["tensor"]

@@ -1,7 +1,7 @@
 """Text from a Flamingo: generation and scoring, and the explicit cache that both stand on."""
 
 from flamingo_jax.decoding.cache import Cache, add_media, extend, grow, prefill, repeat, step, unstack
-from flamingo_jax.decoding.generation import Generated, generate
+from flamingo_jax.decoding.generation import Generated, generate, read_prompts, resume
 from flamingo_jax.decoding.scoring import pad_continuations, score
 from flamingo_jax.decoding.stopping import truncate
 
@@ -14,7 +14,9 @@ __all__ = [
     "grow",
     "pad_continuations",
     "prefill",
+    "read_prompts",
     "repeat",
+    "resume",
     "score",
     "step",
     "truncate",

@@ -46,6 +46,7 @@ def beam_search(
     """
     B, W, N = len(logits_BxV), beams, new_tokens
     cache = repeat(cache, W)
+    media, cache = cache.media, cache._replace(media=())  # which no step changes
     start = Beams(
         running=jnp.full((B, W, N), filler(stop_ids), jnp.int32),
         running_score=jnp.full((B, W), NEVER).at[:, 0].set(0.0),  # at first all beams are one
@@ -67,8 +68,9 @@ def beam_search(
     def advance(loop: tuple[Beams, Cache]) -> tuple[Beams, Cache]:
         found, cache = loop
         token = jnp.take(found.running, found.chosen - 1, axis=2).reshape(B * W)
-        logits, cache = step(model, variables, reorder(cache, found.parent), token)
-        return choose(found, logits), cache
+        cache = reorder(cache, found.parent)._replace(media=media)
+        logits, cache = step(model, variables, cache, token)
+        return choose(found, logits), cache._replace(media=())
 
     found = choose(start, jnp.repeat(logits_BxV, W, axis=0))
     found, _ = jax.lax.while_loop(more, advance, (found, cache))

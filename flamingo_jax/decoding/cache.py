@@ -93,9 +93,7 @@ def extend(
     Raises ConfigError where the cache has no room left, and (not inside jit) where fewer than L slots are free.
     """
     L, S = text_QxL.shape[1], cache.slots
-    taken = 0 if isinstance(cache.start, jax.core.Tracer) else int(cache.start)
-    if taken + L > S:
-        raise ConfigError(f"{L} more tokens: the cache has {S} slots, of which {taken} are taken; see `grow`")
+    check_room(cache, L)
     text, text_mask = jnp.asarray(text_QxL), jnp.asarray(text_mask_QxL, bool)
     if media_mask_QxLxT is None:
         media_mask = jnp.broadcast_to(cache.media_mask[:, None], (*text_mask.shape, cache.media_mask.shape[1]))
@@ -121,6 +119,15 @@ def extend(
         start=cache.start + L,
     )
     return logits, _place(cache)
+
+
+def check_room(cache: Cache, tokens: int) -> None:
+    """Raises ConfigError where so many do not fit in; inside jit, where they never could."""
+    taken = 0 if isinstance(cache.start, jax.core.Tracer) else int(cache.start)
+    if taken + tokens > cache.slots:
+        raise ConfigError(
+            f"{tokens} more tokens: the cache has {cache.slots} slots, of which {taken} are taken; see `grow`"
+        )
 
 
 def step(model: Flamingo, variables: Variables, cache: Cache, token_Q: Array | np.ndarray) -> tuple[Array, Cache]:

@@ -16,10 +16,11 @@ from clip_jax.errors import ConfigError
 from clip_jax.models.layers import Array
 from clip_jax.sharding import constrain
 from flamingo_jax.decoding.beam import beam_search, filler
-from flamingo_jax.decoding.cache import Batch, Cache, prefill, step
+from flamingo_jax.decoding.cache import Batch, Cache, check_room, prefill, step
 from flamingo_jax.decoding.sampling import Sampling, log_probability
 from flamingo_jax.decoding.stopping import Decode, truncate
 from flamingo_jax.models.flamingo import Flamingo
+from flamingo_jax.models.language_model import KeyValue
 
 
 class Generated(NamedTuple):
@@ -33,7 +34,7 @@ class Generated(NamedTuple):
 class Progress(NamedTuple):
     """The loop's state."""
 
-    cache: Cache  # without the newest token
+    cache: Cache  # without the newest token; and without images, which no step changes
     tokens: Array  # [B, N] int32
     lengths: Array  # [B]
     scores: Array  # [B]
@@ -77,31 +78,66 @@ def generate(
     Raises ConfigError for shapes, values or combinations that do not fit.
     """
     check_batch(model, batch)
-    sampling = Sampling(temperature, top_k, top_p)
     if max_new_tokens < 1 or num_beams < 1:
         raise ConfigError(f"max_new_tokens {max_new_tokens}, num_beams {num_beams}: expected at least 1 of each")
-    if temperature > 0 and key is None:
-        raise ConfigError(f"temperature {temperature} draws tokens: expected a key")
-    if stop_strings and decode is None:
-        raise ConfigError("stop_strings are found in text: expected a function `decode`")
     if num_beams > 1 and (temperature > 0 or stop_strings or on_tokens):
         raise ConfigError("num_beams above 1: expected neither a temperature, nor stop_strings, nor on_tokens")
+    options: dict[str, Any] = dict(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, key=key, stop_ids=stop_ids,
+        stop_strings=stop_strings, decode=decode, on_tokens=on_tokens,
+    )  # fmt: skip
+    _check_options(**options)
     logits, cache = read_prompts(model, variables, batch, max_new_tokens - 1)
-    fixed, stops = (model, sharding_rules(), max_new_tokens), np.array(stop_ids, np.int32)
     if num_beams > 1:
-        return Generated(*_beams(*fixed, num_beams, variables, logits, cache, length_penalty, stops))
+        fixed, stops = (model, sharding_rules(), max_new_tokens, num_beams), np.array(stop_ids, np.int32)
+        return Generated(*_beams(*fixed, variables, logits, cache, length_penalty, stops))
+    return resume(model, variables, logits, cache, **options)[0]
 
-    progress = _begin(max_new_tokens, sampling, logits, cache, stops, jax.random.key(0) if key is None else key)
+
+def resume(
+    model: Flamingo,
+    variables: Any,
+    logits: Array,
+    cache: Cache,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    key: Array | None = None,
+    stop_ids: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    decode: Decode | None = None,
+    on_tokens: Callable[[np.ndarray], Any] | None = None,
+) -> tuple[Generated, Cache]:
+    """`generate` from a cache and the logits of the next token, such as `read_prompts` or `extend` gave.
+
+    Returns what was said, and the cache of all of it but the newest token of each row. Of the cache that is given,
+    the memory of the text's keys and values is taken over; it needs room for max_new_tokens - 1.
+    """
+    sampling = _check_options(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, key=key, stop_ids=stop_ids,
+        stop_strings=stop_strings, decode=decode, on_tokens=on_tokens,
+    )  # fmt: skip
+    check_room(cache, max_new_tokens - 1)
+    fixed, stops = (model, sharding_rules(), max_new_tokens), np.array(stop_ids, np.int32)
+    key = jax.random.key(0) if key is None else key
+    progress = _begin(max_new_tokens, sampling, logits, cache._replace(text=(), media=()), stops, key)
+    progress = progress._replace(cache=progress.cache._replace(text=cache.text))
+
+    def advance(progress: Progress, more: int) -> Progress:
+        return _advance(*fixed, sampling, variables, cache.media, progress, stops, more)
+
     if not stop_strings and on_tokens is None:
-        progress = _advance(*fixed, sampling, variables, progress, stops, max_new_tokens)
-        return Generated(progress.tokens, progress.lengths, progress.scores)
+        progress = advance(progress, max_new_tokens)
+        return _outcome(progress, cache.media)
 
     def holds_a_stop_string(ids: list[int]) -> bool:
         return decode is not None and (text := decode(ids)) != truncate(text, stop_strings)
 
     for count in range(1, max_new_tokens + 1):
         if count > 1:
-            progress = _advance(*fixed, sampling, variables, progress, stops, 1)
+            progress = advance(progress, 1)
         tokens, alive = np.asarray(progress.tokens)[:, :count], np.asarray(progress.lengths) == count
         if on_tokens is not None:
             on_tokens(np.where(alive, tokens[:, -1], -1)[:, None])
@@ -109,7 +145,24 @@ def generate(
         progress = progress._replace(done=progress.done | np.array(ended))
         if np.asarray(progress.done).all():
             break
-    return Generated(progress.tokens, progress.lengths, progress.scores)
+    return _outcome(progress, cache.media)
+
+
+def _outcome(progress: Progress, media: tuple[KeyValue, ...]) -> tuple[Generated, Cache]:
+    return Generated(progress.tokens, progress.lengths, progress.scores), progress.cache._replace(media=media)
+
+
+def _check_options(
+    *, max_new_tokens: int, temperature: float, top_k: int, top_p: float, key: Array | None,
+    stop_strings: Sequence[str], decode: Decode | None, **_: Any,
+) -> Sampling:  # fmt: skip
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens {max_new_tokens}: expected at least 1")
+    if temperature > 0 and key is None:
+        raise ConfigError(f"temperature {temperature} draws tokens: expected a key")
+    if stop_strings and decode is None:
+        raise ConfigError("stop_strings are found in text: expected a function `decode`")
+    return Sampling(temperature, top_k, top_p)
 
 
 def check_batch(model: Flamingo, batch: Batch) -> None:
@@ -156,12 +209,12 @@ def _beams(
     return beam_search(model, variables, logits, cache, new_tokens, beams, length_penalty, stop_ids)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+@partial(jax.jit, static_argnums=(0, 1))
 def _begin(new_tokens: int, sampling: Sampling, logits: Array, cache: Cache, stop_ids: Array, key: Array) -> Progress:
-    """With the first token."""
+    """With the first token. The loop takes over the memory of what is made here, so no array is the cache's own."""
     B = len(logits)
     progress = Progress(
-        cache=cache,
+        cache=jax.tree.map(jnp.copy, cache),
         tokens=jnp.full((B, new_tokens), filler(stop_ids), jnp.int32),
         lengths=jnp.zeros(B, jnp.int32),
         scores=jnp.zeros(B, logits.dtype),
@@ -172,18 +225,18 @@ def _begin(new_tokens: int, sampling: Sampling, logits: Array, cache: Cache, sto
     return _record(progress, logits, stop_ids, sampling)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,))
 def _advance(
     model: Flamingo, rules: Any, new_tokens: int, sampling: Sampling,
-    variables: Any, progress: Progress, stop_ids: Array, more: int | Array,
+    variables: Any, media: tuple[KeyValue, ...], progress: Progress, stop_ids: Array, more: int | Array,
 ) -> Progress:  # fmt: skip
     """Up to `more` further tokens: fewer where all rows end or N are there."""
     end = jnp.minimum(progress.chosen + more, new_tokens)
 
     def body(progress: Progress) -> Progress:
         token = jnp.take(progress.tokens, progress.chosen - 1, axis=1)
-        logits, cache = step(model, variables, progress.cache, token)
-        return _record(progress._replace(cache=cache), logits, stop_ids, sampling)
+        logits, cache = step(model, variables, progress.cache._replace(media=media), token)
+        return _record(progress._replace(cache=cache._replace(media=())), logits, stop_ids, sampling)
 
     return jax.lax.while_loop(lambda p: (p.chosen < end) & ~p.done.all(), body, progress)
 

@@ -1,0 +1,59 @@
+"""Two programs in turns, each in a process of its own: what is measured of the one is not the other's."""
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    result: Any
+    peak_mib: float  # the most that the process held during the run, with its weights; 0 where /proc does not say
+
+
+def _peak_mib() -> float:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024 / MIB
+    return 0.0
+
+
+def _serve(make: Callable[..., Run], arguments: tuple[Any, ...], pipe: Connection) -> None:
+    run = make(*arguments)
+    pipe.send(None)
+    while (call := pipe.recv()) is not None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        result = run(*call)
+        pipe.send(Measured(result, _peak_mib()))
+
+
+@contextlib.contextmanager
+def program(make: Callable[..., Run], *arguments: Any) -> Iterator[Callable[..., Measured]]:
+    """`make(*arguments)` called in a new process, and what it returns called there. Results must pickle."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(make, arguments, there), daemon=True)
+    process.start()
+    there.close()
+    here.recv()
+
+    def call(*arguments: Any) -> Measured:
+        here.send(arguments)
+        return here.recv()
+
+    try:
+        yield call
+    finally:
+        with contextlib.suppress(OSError):
+            here.send(None)
+        process.join(timeout=30)
+        process.terminate()
