@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.command_line import positive, report_rejected, run
-from clip_jax.errors import DataError, RecordError
+from clip_jax.errors import ConfigError, DataError, RecordError
 from clip_jax.files import is_file, read_lines
 
 
@@ -178,6 +178,8 @@ def score_command(arguments: argparse.Namespace) -> None:
 
     from flamingo_jax.data.prompts import see
 
+    if not all(text.strip() for text in arguments.text):
+        raise ConfigError("--text: empty; something to score expected")
     if not is_file(arguments.image):
         raise DataError(f"{arguments.image}: not found; expected an image")
     shots = read_shots(arguments.shots, arguments.question)

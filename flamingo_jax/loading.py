@@ -18,10 +18,10 @@ from clip_jax.errors import CheckpointError, ConfigError, DataError
 from clip_jax.interop.mapping import Report
 from clip_jax.loading import check_finite, preprocess_of
 from clip_jax.training import checkpoint
-from flamingo_jax import decoding
 from flamingo_jax.data.batches import make_batch
 from flamingo_jax.data.conventions import Convention, open_convention
 from flamingo_jax.data.tokenizer import BOS, TextTokenizer, open_tokenizer
+from flamingo_jax.decoding import generate
 from flamingo_jax.interop import published
 from flamingo_jax.interop.imported import initial_variables
 from flamingo_jax.models.flamingo import Flamingo
@@ -58,18 +58,20 @@ class Loaded:
         return jax.jit(self.model.apply)
 
     def generate(
-        self, params: Mapping[str, Any], batch: Batch, *, max_new_tokens: int = 20, num_beams: int = 1
+        self, params: Mapping[str, Any], batch: Batch, *, max_new_tokens: int = 20, num_beams: int = 1, **options: Any
     ) -> jax.Array:
-        """What the model goes on with, [B, max_new_tokens] int32; after the convention's `end_id` nothing but that.
+        """What the model goes on with, [B, max_new_tokens] int32; after a row's end nothing but `end_id`.
 
-        Prompts must be padded on the left. Pure, and compiled once for every shape of batch and every setting.
-
-        Raises ConfigError for a batch that is padded on the right, or settings that make no sense.
+        Pure, and compiled once for every shape of batch. `options`, and what is raised: see
+        `flamingo_jax.decoding.generate`, which also returns lengths and scores.
         """
-        return decoding.generate(
-            self.model, params, batch, max_new_tokens=max_new_tokens, num_beams=num_beams,
-            stop_ids=(self.convention.end_id,),
-        ).tokens  # fmt: skip
+        options = {"stop_ids": self.stop_ids, "decode": self.tokenizer.decode} | options
+        return generate(self.model, params, batch, max_new_tokens=max_new_tokens, num_beams=num_beams, **options).tokens
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens at which an answer ends: `end_id` and, in a chat, the end of a turn."""
+        return tuple(i for i in (self.convention.end_id, self.convention.turn_id) if i is not None)
 
     def make_batch(self, images: Any, text_ids: Any, text_mask: Any = None) -> dict[str, np.ndarray]:
         """A batch from what users of the model's family pass it; see `flamingo_jax.data.batches.make_batch`."""

@@ -46,8 +46,6 @@ class Speaker:
         parts = sharding.batch_shards(mesh)
         self.batch_size = batch_size if batch_size == 1 else -(-batch_size // parts) * parts
         self._where = sharding.replicated(mesh) if self.batch_size == 1 else sharding.batch_sharding(mesh)
-        convention = loaded.convention
-        self.stop_ids = tuple(i for i in (convention.end_id, convention.turn_id) if i is not None)
         self._key = jax.random.key(manner.seed)
         with self._mesh():
             self._variables = decoding.unstack(loaded.params)
@@ -88,7 +86,7 @@ class Speaker:
 
         def take(tokens_Bx1: np.ndarray) -> None:
             token = int(tokens_Bx1[0, 0])
-            if token >= 0 and token not in self.stop_ids:
+            if token >= 0 and token not in self.loaded.stop_ids:
                 ids.append(token)
                 hear(settled(self._decode(ids), self.manner.stop))
 
@@ -137,7 +135,7 @@ class Speaker:
             return decoding.generate(
                 self.loaded.model, self._variables, batch, max_new_tokens=manner.max_new_tokens,
                 num_beams=manner.num_beams, length_penalty=manner.length_penalty, temperature=manner.temperature,
-                top_k=manner.top_k, top_p=manner.top_p, key=key, stop_ids=self.stop_ids,
+                top_k=manner.top_k, top_p=manner.top_p, key=key, stop_ids=self.loaded.stop_ids,
                 stop_strings=() if manner.num_beams > 1 else manner.stop, decode=self._decode, on_tokens=on_tokens,
             )  # fmt: skip
 
@@ -146,7 +144,7 @@ class Speaker:
 
     def _texts(self, generated: decoding.Generated, count: int) -> list[str]:
         rows = zip(np.asarray(generated.tokens)[:count], np.asarray(generated.lengths), strict=False)
-        words = [[int(token) for token in row[:length] if token not in self.stop_ids] for row, length in rows]
+        words = [[int(token) for token in row[:length] if token not in self.loaded.stop_ids] for row, length in rows]
         return [decoding.truncate(self._decode(ids), self.manner.stop).strip() for ids in words]
 
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from clip_jax.errors import ConfigError, UserError
 from clip_jax.training.loop import flatten
+from launch import cluster
 
 
 def run(main: Callable[..., Any], *, with_config: bool = False) -> None:
@@ -23,8 +24,8 @@ def run(main: Callable[..., Any], *, with_config: bool = False) -> None:
         config = config_flags.DEFINE_config_file("config", lock_config=True, help_string="A configs/*.py file.")
 
     def call(_: list[str]) -> None:
-        set_up()
         try:
+            set_up()
             if not with_config:
                 main()
             elif config.value is None:
@@ -92,7 +93,4 @@ def set_up() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
-        )
+    cluster.initialize()

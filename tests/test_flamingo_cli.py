@@ -49,12 +49,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's workdir with the quickstart's debug model; of random numbers, so that images matter."""
     workdir, config = tmp_path_factory.mktemp("ours"), quickstart.get_config("debug")
-    task, rng = FlamingoTask(config, sharding.make_mesh()), np.random.default_rng(1)
-    params, state = jax.tree.map(
-        lambda leaf: rng.normal(0.5 if leaf.ndim < 2 else 0.0, 0.2, leaf.shape).astype(np.float32),
-        sharding.unbox(jax.eval_shape(task.init, jax.random.key(0))),
-    )
-    items = {f"params.{name}": {name: tree} for name, tree in params.items()} | {"state": jax.tree.map(np.abs, state)}
+    task, rng = FlamingoTask(config, sharding.make_mesh()), np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        name = jax.tree_util.keystr(path)
+        if leaf.ndim < 2 or "norm" in name or "mean" in name:
+            return np.full(
+                leaf.shape, 0.05 if "var" in name else float("bias" not in name and "mean" not in name), "f4"
+            )
+        return rng.normal(0, 0.5 if "gated" in name or "resampler" in name else 0.2, leaf.shape).astype(np.float32)
+
+    shapes = sharding.unbox(jax.eval_shape(task.init, jax.random.key(0)))
+    params, state = jax.tree_util.tree_map_with_path(draw, shapes)
+    items = {f"params.{name}": {name: tree} for name, tree in params.items()} | {"state": state}
     metadata = run_metadata(config, task) | {"step": 7}
     (workdir / "checkpoints").mkdir()
     checkpoint.write(workdir / "checkpoints" / "00000007", items, metadata)
@@ -83,21 +90,31 @@ def idefics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     main([str(argument) for argument in arguments])
     return capsys.readouterr().out
 
 
 def directly(loaded: Loaded, images: list[list[Path]], *texts: str) -> list[str]:
-    """What greedy decoding says after images with texts between them."""
-    tag, tokenizer = list(loaded.convention.image), loaded.tokenizer
+    """What the most likely tokens are after images with texts between them, by the model's logits alone."""
+    tag, tokenizer, end = list(loaded.convention.image), loaded.tokenizer, loaded.convention.end_id
     ids = tokenizer.start_ids
     for i, text in enumerate(texts):
-        ids = ids + tag + tokenizer.encode(text) + ([loaded.convention.end_id] if i < len(texts) - 1 else [])
-    batch = loaded.make_batch(images, [ids] * len(images))
-    rows = np.asarray(loaded.generate(loaded.params, batch, max_new_tokens=4)).tolist()
-    end = loaded.convention.end_id
-    return [tokenizer.decode(row[: [*row, end].index(end)]).strip() for row in rows]
+        ids = ids + tag + tokenizer.encode(text) + ([end] if i < len(texts) - 1 else [])
+    rows = [list(ids) for _ in images]
+    for _ in range(4):
+        padded = [row + [0] * (64 - len(row)) for row in rows]  # one shape; what comes later does not matter
+        logits = loaded.logits(loaded.params, loaded.make_batch(images, padded))
+        for row, choice in zip(rows, np.asarray(logits).argmax(axis=-1), strict=True):
+            row.append(end if row[len(ids) :].count(end) else int(choice[len(row) - 1]))
+    said = [row[len(ids) :] for row in rows]
+    return [tokenizer.decode(row[: [*row, end].index(end)]).strip() for row in said]
 
 
 def test_captions_are_what_the_model_says(
@@ -115,7 +132,7 @@ def test_captions_are_what_the_model_says(
 
 
 def test_answers_follow_the_shots(
-    ours: Path, loaded: Loaded, pictures: Path, capsys: pytest.CaptureFixture[str]
+    one_device: None, ours: Path, loaded: Loaded, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = pictures / "lime.png"
     question = ("--question", "what now?", "--shots", pictures / "shots.jsonl", "--show-prompt")
@@ -128,7 +145,7 @@ def test_answers_follow_the_shots(
 
 
 def test_scores_are_log_likelihoods(
-    ours: Path, loaded: Loaded, pictures: Path, capsys: pytest.CaptureFixture[str]
+    one_device: None, ours: Path, loaded: Loaded, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, texts = pictures / "red.png", ["a dog", "the big cat", "a"]
     options = [option for text in texts for option in ("--text", text)]
@@ -138,8 +155,8 @@ def test_scores_are_log_likelihoods(
     expected = {}
     for text in texts:
         ids = start + tokenizer.encode(f" {text}")
-        ids += [0] * (24 - len(ids))  # one shape; what comes later does not matter
-        logits = np.asarray(loaded.logits(loaded.params, loaded.make_batch([[image]], [ids])))[0].astype(np.float64)
+        batch = loaded.make_batch([[image]] * 4, [ids + [0] * (64 - len(ids))] * 4)  # the shape of captions
+        logits = np.asarray(loaded.logits(loaded.params, batch))[0].astype(np.float64)
         each = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
         last = len(start) + len(tokenizer.encode(f" {text}"))
         expected[text] = sum(each[i - 1, ids[i]] for i in range(len(start), last))
@@ -151,11 +168,83 @@ def test_scores_are_log_likelihoods(
 
 
 def test_a_chat_keeps_its_history(
-    idefics: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_device: None, idefics: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [f"What is in {pictures}/red.png?", "/image nowhere.png", f"/image {pictures}/blue.png", "And this?",
              "/prompt", "/reset", "/prompt", "/huh", "/quit", "never read"]  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-    main(["chat", "--model", f"idefics:{idefics}", "--preprocess", "clip", "--allow", "x", *NEW])
-    first, error, second, prompt, *rest = capsys.readouterr().out.split("\n", 3)[:3] + ["", ""]
-    assert error == "error: nowhere.png: can't be read (No such file or directory)"
+    main(["chat", "--model", f"idefics:{idefics}", "--preprocess", "clip", *NEW])
+    printed = capsys.readouterr().out
+    fake, end = "<fake_token_around_image>", "<end_of_utterance>"
+    image = f"User:{fake}<image>{fake}"
+    head, tail = printed.split(f"{image}What is in?{end}\nAssistant:")
+    one, two = re.fullmatch(
+        rf" (.*){end}\n{re.escape(image)}And this\?{end}\nAssistant: (.*){end}\n\n\n/image PATH .*\n", tail, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    # What was said aloud, piece by piece, is what the history holds.
+    assert head == f"{one}\nerror: nowhere.png: can't be read (No such file or directory)\n{two}\n"
+    assert "never read" not in printed
+
+
+def test_paths_are_found_in_a_line() -> None:
+    assert images_in("what is in a/cat.jpg?") == ("what is in?", ["a/cat.jpg"])
+    assert images_in("'my cat.png' and dog.webp: which is older?") == (
+        "and: which is older?",
+        ["my cat.png", "dog.webp"],
+    )
+    assert images_in('"a cat.jpg"') == ("", ["a cat.jpg"])
+    assert images_in('no "picture" here, .png') == ('no "picture" here, .png', [])
+
+
+def test_what_is_said_aloud_stays() -> None:
+    stop = ("\nUser:",)
+    assert settled("A cat.\nUs", stop) == settled("A cat.\n", stop) == settled("A cat.\nUser: no", stop) == "A cat."
+    assert settled(" A c\N{REPLACEMENT CHARACTER}", stop) == "A c" and settled("A\nUFO", stop) == "A\nUFO"
+
+
+def test_weights_come_in_and_go_out(idefics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec, workdir, out = f"idefics:{idefics}", tmp_path / "run", tmp_path / "out"
+    printed = run(capsys, "import", spec, workdir)
+    tensors = read_tensors(idefics)
+    assert f"{spec}: {len(tensors)} tensors used, 0 missing, 0 unused" in printed and "wrote" in printed
+    about = json.loads(run(capsys, "info", workdir, "--json"))
+    assert about["family"] == "idefics" and about["parameters"]["all"] == sum(x.size for x in tensors.values())
+    assert "family          idefics\n" in run(capsys, "info", workdir)
+    assert str(out / "model.safetensors") in run(capsys, "export", workdir, "idefics", out)
+    again = read_tensors(out)
+    assert again.keys() == tensors.keys() and all(np.array_equal(again[k], tensors[k]) for k in tensors)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["caption", "--model", "OURS", "nowhere"], "nowhere: not found; expected a folder, a glob, a .tar"),
+        (["caption", "--model", "nowhere", "PICTURES"], "nowhere: no finished checkpoint there"),
+        (["caption", "--model", "OURS", "PICTURES/broken.jpg"], "not one of 1 images could be read"),
+        (["caption", "--model", "OURS", "PICTURES", "--shots", "PICTURES/shots.jsonl"],
+         "shots.jsonl: line 1: expected an object of texts with image, text"),
+        (["answer", "--model", "OURS", "PICTURES", "--question", "x", "--shots", "DIR/lost.jsonl"],
+         "lost.jsonl: line 2: DIR/lost.png: not found; expected an image"),
+        (["answer", "--model", "OURS", "PICTURES", "--question", "x", "--shots", "DIR/broken.jsonl"],
+         "broken.jsonl: line 1: not JSON"),
+        (["answer", "--model", "OURS", "PICTURES/red.png", "--question", "an <image>?"],
+         "the text 'an <image>?' holds <image>, which only the prompt itself may write"),
+        (["score", "--model", "OURS", "nowhere.png", "--text", "x"], "nowhere.png: not found; expected an image"),
+        (["score", "--model", "OURS", "PICTURES/red.png", "--text", "x", "--text", " "], "--text: empty"),
+        (["info", "OURS", "--vision", "hf:x"], "language_model, vision, norm_tokens, preprocess, allow and allow_nan"),
+        (["import", "OURS", "DIR/new"], "expected one of idefics:PATH, open_flamingo:PATH"),
+        (["export", "OURS", "idefics", "DIR"], "DIR: exists already; name a new one"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line(
+    one_device: None, arguments: list[str], expected: str, ours: Path, pictures: Path, tmp_path: Path
+) -> None:
+    good = json.dumps({"image": str(pictures / "red.png"), "question": "what?", "answer": "red"})
+    (tmp_path / "lost.jsonl").write_text(f'{good}\n{{"image": "lost.png", "question": "a", "answer": "b"}}\n')
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    places = {"OURS": str(ours), "PICTURES": str(pictures), "DIR": str(tmp_path)}
+    named = [re.sub("|".join(places), lambda m: places[m[0]], text) for text in [*arguments, expected]]
+    with pytest.raises(SystemExit) as stop:
+        main(named[:-1])
+    assert str(stop.value).startswith("error: ") and named[-1] in str(stop.value), stop.value
+    assert "\n" not in str(stop.value) and not (tmp_path / "new").exists()

@@ -172,8 +172,11 @@ def fill(
             (report.ignored if any(re.match(p, key) for p in ignore) else report.unused).append(key)
     report.check(label, allow)
     if left_out:
-        drawn = _flat(sharding.unbox(initial()))
-        found |= {path: np.asarray(drawn[path]) for path in left_out}
+
+        def drawn() -> dict[str, jax.Array]:
+            return {path: x for path, x in _flat(sharding.unbox(initial())).items() if path in left_out}
+
+        found |= {path: np.asarray(x) for path, x in jax.jit(drawn)().items()}  # XLA draws no others
     if unmapped := sorted(shapes.keys() - found.keys()):
         raise CheckpointError(f"{label}: this layout has no {unmapped[0]}")
     return traverse_util.unflatten_dict(found, sep="/"), report
