@@ -96,7 +96,7 @@ mkdir -p clip-jax && sudo mkdir -p /runs && sudo chown "$USER" /runs && tar -xzf
 python3 -m pip install --quiet --user uv && export PATH=$HOME/.local/bin:$PATH
 uv venv --quiet --allow-existing --python 3.12 .venv
 uv pip install --quiet --require-hashes -r requirements.lock
-grep -oE "^[A-Za-z0-9._-]+==[^ ;]+" requirements.lock > constraints.txt
+uv pip freeze --quiet --exclude-editable > constraints.txt
 uv pip install --quiet -e ".[tpu]" -c constraints.txt
 bucket=$(curl -sf -H "Metadata-Flavor: Google" \
     http://metadata.google.internal/computeMetadata/v1/instance/attributes/bucket || true)
