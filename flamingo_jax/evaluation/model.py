@@ -36,8 +36,6 @@ class FlamingoModel:
         self._where = sharding.batch_sharding(mesh)
         with sharding.use_mesh(mesh):
             self._variables = decoding.unstack(loaded.params)
-        convention = loaded.convention
-        self._stop_ids = tuple(i for i in (convention.end_id, convention.turn_id) if i is not None)
         self._whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
         self._blank = Media(np.zeros((1, 1, 1, 3), np.uint8))
 
@@ -64,7 +62,7 @@ class FlamingoModel:
         def generate(batch: Mapping[str, jax.Array]) -> jax.Array:
             return decoding.generate(
                 self._loaded.model, self._variables, batch, max_new_tokens=new_tokens, num_beams=beams,
-                stop_ids=self._stop_ids,
+                stop_ids=self._loaded.stop_ids,
             ).tokens  # fmt: skip
 
         rows = self._map(generate, prompts, new_tokens)
@@ -135,7 +133,7 @@ class FlamingoModel:
         return np.concatenate(found)[: len(prompts)]
 
     def _until_stop(self, ids: Sequence[int]) -> list[int]:
-        end = next((i for i, token in enumerate(ids) if token in self._stop_ids), len(ids))
+        end = next((i for i, token in enumerate(ids) if token in self._loaded.stop_ids), len(ids))
         return list(ids[:end])
 
 
