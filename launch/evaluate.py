@@ -1,4 +1,5 @@
-r"""Evaluates a trained run on its own held-out data, or any CLIP on any data; on every host at once.
+r"""Evaluates a trained run on its own held-out data, any CLIP on any data, or any Flamingo on published benchmarks;
+on every host at once.
 
     python -m launch.evaluate --workdir runs/quickstart/clip
 
@@ -13,10 +14,19 @@ workdir. The config and the parameters are the newest checkpoint's.
 
 Any other: zero-shot classification, retrieval and a linear probe (`clip_jax.evaluation.benchmark`). Prints a
 table; writes it as `results.md`, and all figures as `results.json`, to the output directory.
+
+    python -m launch.evaluate --flamingo open_flamingo:checkpoint.pt --language-model hf:DIRECTORY \
+        --vision open_clip:FILE,CONFIG.json --benchmark coco:DIRECTORY --shots 0,4,8 --rices hf:CLIP --output runs/coco
+    python -m launch.evaluate --workdir runs/quickstart/flamingo --benchmark json:questions.jsonl \
+        --support json:examples.jsonl --shots 0,4 --images true,no_shots,shuffled --output runs/questions
+
+A Flamingo with examples before each question (`flamingo_jax.evaluation.harness`). Benchmarks, in the files they are
+published in: `flamingo_jax.evaluation.benchmarks`. Prints a table and writes it as `results.md`; `results.json` holds
+also every prompt and raw output. Stopped and started again, it goes on.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +44,11 @@ from clip_jax.evaluation.pairs import Evaluation
 from clip_jax.files import is_folder, read_lines, write_atomically
 from clip_jax.loading import load
 from clip_jax.training import checkpoint
-from flamingo_jax.evaluation import few_shot
+from flamingo_jax.evaluation import benchmarks, few_shot, harness
+from flamingo_jax.evaluation.model import FlamingoModel
+from flamingo_jax.evaluation.results import evaluate_to
+from flamingo_jax.evaluation.rices import check_pictures, embed_pictures
+from flamingo_jax.loading import load as load_flamingo
 from flamingo_jax.training.flamingo_task import FlamingoTask
 from launch import command
 from launch.tasks import build_task
@@ -50,18 +64,84 @@ CLASSES = flags.DEFINE_string("classes", None, "Names for the classes: `imagenet
 OUTPUT = flags.DEFINE_string("output", None, "Directory for the results of --data.")
 PREPROCESS = flags.DEFINE_enum("preprocess", None, ["clip", "siglip"], "Where no file beside the weights says it.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where none is beside the weights and it is not OpenAI's.")
-BATCH_SIZE = flags.DEFINE_integer("batch-size", 256, "Images embedded at once with --data.", lower_bound=1)
-THREADS = flags.DEFINE_integer("threads", 4, "That decode images with --data, on each host.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch-size", 256, "Images embedded at once.", lower_bound=1)
+THREADS = flags.DEFINE_integer("threads", 4, "That decode images, on each host.", lower_bound=1)
+FLAMINGO = flags.DEFINE_string("flamingo", None, "With --benchmark: a model as flamingo_jax.load names it.")
+LANGUAGE_MODEL = flags.DEFINE_string("language-model", None, "Of open_flamingo weights: hf:DIRECTORY.")
+VISION = flags.DEFINE_string("vision", None, "Of open_flamingo weights: their tower, as clip_jax.load names it.")
+BENCHMARK = flags.DEFINE_string("benchmark", None, f"KIND:WHERE[,SPLIT]; KIND: {', '.join(benchmarks.READERS)}.")
+SUPPORT = flags.DEFINE_string("support", None, "Where shots come from, named alike; by default its training split.")
+DEFAULTS = harness.Settings()
+SHOTS = flags.DEFINE_list("shots", [str(n) for n in DEFAULTS.shots], "How many examples stand before a question.")
+SEEDS = flags.DEFINE_list("seeds", [str(n) for n in DEFAULTS.seeds], "Each draws other examples.")
+IMAGES = flags.DEFINE_list(
+    "images", list(DEFAULTS.images), f"Which pictures a prompt has: {', '.join(harness.IMAGES)}."
+)
+RICES = flags.DEFINE_string("rices", None, "A CLIP as clip_jax.load names it: the shots are the most similar examples.")
+COUNT = flags.DEFINE_integer("count", DEFAULTS.count, "Records of the benchmark, 0 for all.", lower_bound=0)
+SUPPORT_COUNT = flags.DEFINE_integer(
+    "support-count", DEFAULTS.support_count, "Examples drawn for each seed, 0 for all.", lower_bound=0
+)
+PERMUTATIONS = flags.DEFINE_integer("permutations", DEFAULTS.permutations, "Of the shots, for classes.", lower_bound=1)
+BEAMS = flags.DEFINE_integer("beams", DEFAULTS.beams, "Of the search for answers and captions.", lower_bound=1)
+MAX_TOKENS = flags.DEFINE_integer(
+    "max-tokens", 0, f"Of an answer, 0 for what its kind has: {harness.NEW_TOKENS}.", lower_bound=0
+)  # fmt: skip
+PROMPTS = flags.DEFINE_integer("prompts", 8, "That are read at once.", lower_bound=1)
 SHOWN = 24  # examples of each source that predictions.json holds
 
 
 def main() -> None:
-    if DATA.value:
+    if BENCHMARK.value:
+        evaluate_benchmark()
+    elif DATA.value:
         evaluate_data()
     elif WORKDIR.value and not MODEL.value:
         evaluate_run(Path(WORKDIR.value))
     else:
-        raise ConfigError("--workdir is missing: name the directory of a run, or --model and --data")
+        raise ConfigError(
+            "--workdir is missing: name the directory of a run, --model and --data, or --flamingo and --benchmark"
+        )
+
+
+def evaluate_benchmark() -> None:
+    if bool(FLAMINGO.value) == bool(WORKDIR.value):
+        raise ConfigError("--benchmark needs a model: give one of --flamingo and --workdir")
+    if not OUTPUT.value:
+        raise ConfigError("--output is missing: name a directory for the results")
+    settings = harness.Settings(
+        shots=numbers("shots", SHOTS.value), seeds=numbers("seeds", SEEDS.value), images=tuple(IMAGES.value),
+        count=COUNT.value, support_count=SUPPORT_COUNT.value, permutations=PERMUTATIONS.value, beams=BEAMS.value,
+        new_tokens=MAX_TOKENS.value,
+    )  # fmt: skip
+    names = class_names(CLASSES.value) if CLASSES.value else None
+    benchmark = benchmarks.open_benchmark(BENCHMARK.value, classes=names)
+    support = benchmarks.open_benchmark(SUPPORT.value or BENCHMARK.value, support=not SUPPORT.value, classes=names)
+    pictures = harness.pictures(benchmark, support, settings)
+    check_pictures(pictures, THREADS.value)
+    mesh = sharding.make_mesh()
+    spec = FLAMINGO.value or WORKDIR.value
+    loaded = load_flamingo(
+        spec, language_model=LANGUAGE_MODEL.value, vision=VISION.value, tokenizer=TOKENIZER.value,
+        preprocess=PREPROCESS.value, mesh=mesh,
+    )  # fmt: skip
+    embeddings = None
+    if RICES.value:
+        with sharding.use_mesh(mesh):
+            clip = load(RICES.value, mesh=mesh)
+            embeddings = embed_pictures(clip, mesh, pictures, batch_size=BATCH_SIZE.value, threads=THREADS.value)
+    model = FlamingoModel(loaded, mesh, spec, PROMPTS.value, THREADS.value)
+    evaluation = harness.Evaluation(model, benchmark, support, settings, embeddings, RICES.value or "")
+    results = evaluate_to(evaluation, Path(OUTPUT.value))
+    if jax.process_index() == 0:
+        print(harness.table(results))
+
+
+def numbers(flag: str, values: Sequence[Any]) -> tuple[int, ...]:
+    try:
+        return tuple(int(value) for value in values)
+    except ValueError:
+        raise ConfigError(f"--{flag} {','.join(map(str, values))}: whole numbers between commas expected") from None
 
 
 def evaluate_data() -> None:

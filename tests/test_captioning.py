@@ -1,14 +1,18 @@
-"""CIDEr-D against the reference implementation's figures; the bootstrap's intervals against the normal ones."""
+"""CIDEr-D, BLEU and the words they count against the reference implementation's.
+
+The bootstrap's intervals against the normal ones.
+"""
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ORACLES
 
 from clip_jax.errors import DataError
-from flamingo_jax.evaluation.captioning import cider
+from flamingo_jax.evaluation.captioning import bleu, cider, coco_words
 from flamingo_jax.evaluation.statistics import bootstrap_interval
 
 
@@ -42,6 +46,37 @@ def test_cider_without_candidates_or_references_is_refused() -> None:
     assert "1 candidates, 2 lists" in refusal(lambda: cider(["a"], [["a"], ["b"]]))
     assert "references 1: []" in refusal(lambda: cider(["a", "b"], [["a"], []]))
     assert "references 0: 'a'" in refusal(lambda: cider(["a"], ["a"]))
+
+
+@pytest.fixture(scope="module")
+def coco() -> dict[str, Any]:
+    return json.loads((ORACLES / "coco_captions" / "expected.json").read_text())
+
+
+def test_words_are_the_coco_evaluations(coco: dict[str, Any]) -> None:
+    assert len(coco["words"]) == 31
+    assert [coco_words(case["text"]) for case in coco["words"]] == [case["words"] for case in coco["words"]]
+
+
+def test_bleu_is_the_reference_implementations(coco: dict[str, Any]) -> None:
+    """It adds 1e-9 to every count, against divisions by zero; here there is none."""
+    cases = json.loads((ORACLES / "metrics" / "texts.json").read_text())["cider"]
+    got = bleu([case["candidate"] for case in cases], [case["references"] for case in cases])
+    np.testing.assert_allclose(got, coco["bleu"], rtol=1e-9)
+    raw = coco["raw"]
+    said, references = map(coco_words, raw["candidates"]), [[coco_words(r) for r in some] for some in raw["references"]]
+    candidates = list(said)
+    np.testing.assert_allclose(bleu(candidates, references), raw["bleu"], rtol=1e-9)
+    assert cider(candidates, references)[0] == pytest.approx(raw["cider"], rel=1e-9)
+
+
+def test_bleu_by_hand() -> None:
+    """Clipped counts, the closest length (the shorter of two), and no smoothing."""
+    assert bleu(["the the the the"], [["the cat sat", "the the dog ran off"]])[0] == pytest.approx(2 / 4)
+    assert bleu(["a b c"], [["a b c d e f"]]) == pytest.approx([np.exp(1 - 2)] * 3 + [0])
+    assert bleu([""], [["a"]]) == (0, 0, 0, 0)
+    assert "0 candidates" in refusal(lambda: bleu([], []))
+    assert "references 0: []" in refusal(lambda: bleu(["a"], [[]]))
 
 
 @pytest.fixture(scope="module")

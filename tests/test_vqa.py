@@ -65,6 +65,7 @@ def test_accuracy_by_the_number_of_people_who_agree(matches: int, accuracy: floa
 
 def test_exact_match_is_normalised() -> None:
     assert exact_match(["The two cats.", "dog", ""], ["2 cats", "dogs", "the"]).tolist() == [1.0, 0.0, 1.0]
+    assert exact_match(["a cat", "cow"], [["dog", "Cat!"], ["dog", "cat"]]).tolist() == [1.0, 0.0]
 
 
 def test_other_numbers_of_answers_are_refused() -> None:

@@ -71,13 +71,16 @@ def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
     return accuracy
 
 
-def exact_match(predictions: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """[N] of 0 and 1: whether a prediction is the one right answer, after normalisation.
+def exact_match(predictions: Sequence[str], answers: Sequence[str | Sequence[str]]) -> np.ndarray:
+    """[N] of 0 and 1: whether a prediction is the right answer, or one of several, after normalisation.
 
     Raises DataError where the numbers differ.
     """
     _check_lengths(predictions, answers)
-    return np.array([normalise(p) == normalise(a) for p, a in zip(predictions, answers, strict=True)], float)
+    right = ([some] if isinstance(some, str) else some for some in answers)
+    return np.array(
+        [normalise(p) in {normalise(a) for a in some} for p, some in zip(predictions, right, strict=True)], float
+    )
 
 
 def _check_lengths(predictions: Sequence[str], answers: Sequence[object]) -> None:
