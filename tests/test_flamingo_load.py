@@ -79,7 +79,7 @@ def test_idefics_inputs_give_its_logits_and_tokens(tmp_path: Path) -> None:
     batch["media_mask"] = theirs
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(model.logits(model.params, batch))
-        tokens = model.generate(model.params, batch, max_new_tokens=8)
+        tokens = model.generate(model.params, batch, max_new_tokens=8, stop_ids=())
     assert_close(logits, outputs["logits"], batch["text_mask"], meta["tolerance"]["value"])
     np.testing.assert_array_equal(tokens, outputs["generated"])
     assert model.tokenizer.start_ids == [1] and model.convention.end_id == 2

@@ -89,7 +89,7 @@ def test_idefics(alpha_type: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch["media_mask"], inputs["image_attention_mask"].numpy() * mask[..., None])
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(model.logits(model.params, batch))
-        tokens = np.asarray(model.generate(model.params, batch, max_new_tokens=10))
+        tokens = np.asarray(model.generate(model.params, batch, max_new_tokens=10, stop_ids=(END,)))
     difference = np.abs(logits - expected.numpy())[mask].max()
     assert difference <= 2e-5 * expected.abs().max(), difference
     for ours, row in zip(tokens, said.numpy(), strict=True):
