@@ -56,23 +56,23 @@ def matches_any(patterns: Sequence[str]) -> Callable[[str], bool]:
     """Whether a path's start matches the regular expressions; of several that do the last one counts.
 
     One after a "!" takes back: ("language_model/", "!language_model/final_norm") is all but the last norm.
+    Raises ConfigError for one that is no regular expression.
     """
+    compiled = [(_compile(pattern), not pattern.startswith("!")) for pattern in patterns]
+    return lambda path: next((chosen for pattern, chosen in reversed(compiled) if pattern.match(path)), False)
 
-    def matches(path: str) -> bool:
-        found = [pattern for pattern in patterns if re.match(pattern.removeprefix("!"), path)]
-        return bool(found) and not found[-1].startswith("!")
 
-    return matches
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern.removeprefix("!"))
+    except re.error as error:
+        raise ConfigError(f"pattern {pattern!r}: not a regular expression ({error})") from None
 
 
 def check_patterns(what: str, patterns: Sequence[str], paths: Collection[str]) -> None:
     """Raises ConfigError for a pattern that is no regular expression or matches the start of no path."""
     for pattern in patterns:
-        try:
-            found = any(re.match(pattern.removeprefix("!"), path) for path in paths)
-        except re.error as error:
-            raise ConfigError(f"{what} {pattern!r}: not a regular expression ({error})") from None
-        if not found:
+        if not any(map(_compile(pattern).match, paths)):
             near = difflib.get_close_matches(pattern.removeprefix("!"), paths, n=1, cutoff=0.0)
             raise ConfigError(f"{what} {pattern!r} matches no parameter; the nearest is {near[0] if near else 'none'}")
 

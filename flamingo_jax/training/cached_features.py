@@ -41,6 +41,7 @@ def prepare_features(
     tower = task.tower(path)
     variables = tower | task.cast_frozen({"vision": tower["params"]})
     variables["params"] = variables.pop("vision")
+    variables = jax.device_put(variables, sharding.replicated(task.mesh))
     where = sharding.batch_sharding(task.mesh)
 
     @jax.jit
