@@ -178,7 +178,7 @@ def test_what_is_frozen_is_chosen_by_pattern_and_held_in_its_own_precision() -> 
     assert not any(path.startswith("vision") for path in trained)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.frozen)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
-    moments = state.opt_state[0]  # type: ignore[index]
+    moments = state.opt_state[0]
     assert train_state.leaf_paths(moments.mu) == train_state.leaf_paths(moments.nu) == trained
 
     paths = train_state.leaf_paths(state.params)

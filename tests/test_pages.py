@@ -178,7 +178,7 @@ def test_of_a_chat_only_answers_are_learned(record: Any, folder: Path, tokenizer
     (folder / "red.png").rename(folder / "elsewhere" / "red.png")
     chat = elements("chats", f"json:{folder / 'chats.json'}#{folder / 'elsewhere'}", tokenizer)(0)
     text = said(chat, tokenizer).removeprefix("<|bos|>")
-    assert text == "<image>user: what? assistant: red<end>user: and? assistant: no more<end>"
+    assert text == "<image>question: what? answer: red<end>question: and? answer: no more<end>"
     assert said(chat, tokenizer, "loss_mask") == " red<end> no more<end>"
     assert tuple(chat["media"][0, 0, 0, 0]) == COLOURS["red.png"]
 
@@ -191,9 +191,9 @@ def test_images_of_a_chat_keep_their_order(folder: Path) -> None:
         shown = {Raw(folder / name): name[0] for name in COLOURS}
         return ["|" if p is END else p.text if isinstance(p, Text) else shown[p] for p in page.parts]  # type: ignore[index]
 
-    assert parts("<image> a <image>", "b", images=2) == ["r", "g", "User: a Assistant:", " b", "|"]
-    assert parts("<image>a<image>c<image>", "b", images=3)[1:4] == ["User: a", "g", "c"]
-    assert parts("a", "b", "<image>c", "d", images=1)[-4:] == ["r", "User: c Assistant:", " d", "|"]
+    assert parts("<image> a <image>", "b", images=2) == ["r", "g", "Question: a Answer:", " b", "|"]
+    assert parts("<image>a<image>c<image>", "b", images=3)[1:4] == ["Question: a", "g", "c"]
+    assert parts("a", "b", "<image>c", "d", images=1)[-4:] == ["r", "Question: c Answer:", " d", "|"]
 
 
 @pytest.mark.parametrize(

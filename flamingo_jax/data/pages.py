@@ -19,7 +19,7 @@ from clip_jax.data.sources import SOURCES, open_source
 from clip_jax.errors import ConfigError, DataError, RecordError
 from flamingo_jax.data.documents import END, IMAGE_TAG, EndOfChunk, Text, cut_at_tags, with_ends
 from flamingo_jax.data.json_records import JsonRecords
-from flamingo_jax.data.prompts import chat_turn
+from flamingo_jax.data.prompts import question
 
 R = TypeVar("R")
 ROLES = {"user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}  # the latter are LLaVA's
@@ -126,7 +126,7 @@ def chat_page(record: Mapping[str, Any], key: str, folder: Path) -> Page:
             parts += [Text(" " + text.strip()), END]
             continue
         words, before = _tags_first(text.strip())
-        text = before + chat_turn(words)
+        text = before + question(words)
         parts += _cut(text, media[: text.count(IMAGE_TAG)], key, learned=False)
         media = media[text.count(IMAGE_TAG) :]
     return Page(key, parts)

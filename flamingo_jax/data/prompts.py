@@ -54,11 +54,6 @@ def question(text: str) -> str:
     return f"Question: {text} Answer:"
 
 
-def chat_turn(text: str) -> str:
-    """A user's turn, up to where the answer begins."""
-    return f"User: {text} Assistant:"
-
-
 def few_shot(shots: Sequence[Shot], query: Shot) -> Document:
     """A prompt: the shots with their answers, then the query without its own."""
     return Document([*(part for shot in shots for part in shot.parts()), *query.question()])
