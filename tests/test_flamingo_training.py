@@ -31,6 +31,7 @@ from flamingo_jax.interop.open_flamingo import initial_params
 from flamingo_jax.models.variants import build_language_model
 from flamingo_jax.training.cached_features import prepare_features
 from flamingo_jax.training.flamingo_task import FlamingoTask
+from launch import prepare
 
 ONE = {"replica": 1, "fsdp": 1, "tensor": 1}
 EIGHT = {"replica": 2, "fsdp": 2, "tensor": 2}
@@ -291,7 +292,9 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_cached_features_give_the_loss_of_pixels(chats: Path, tmp_path: Path) -> None:
+def test_cached_features_give_the_loss_of_pixels(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_of(chats=instruct.get_config("debug").data.mixture.chats)
     part = config.data.mixture.chats
     part.source, part.batch_size = f"json:{chats / 'chats.json'}", 4
@@ -300,10 +303,17 @@ def test_cached_features_give_the_loss_of_pixels(chats: Path, tmp_path: Path) ->
     pixels = FlamingoTask(config, mesh_of(ONE))
     params, batches = write_flamingo(tmp_path / "flamingo", pixels), [batch_of(pixels, "chats")]
     config.init.vision = ""
-    manifest = prepare_features(
-        FlamingoTask(config, mesh_of(EIGHT)), "chats", tmp_path / "features", batch_size=8, dtype="float32"
+    (tmp_path / "config.json").write_text(config.to_json())
+    (tmp_path / "config.py").write_text(
+        "import json, pathlib, ml_collections\n\n\ndef get_config():\n"
+        "    path = pathlib.Path(__file__).with_name('config.json')\n"
+        "    return ml_collections.ConfigDict(json.loads(path.read_text()))\n"
     )
-    assert (manifest["records"], manifest["images"], manifest["missing"]) == (8, 7, 1)
+    prepare.main(  # on 8 devices
+        ["features", "--config", str(tmp_path / "config.py"), "--stream", "chats", "--batch-size", "8", "--dtype",
+         "float32", "--output", str(tmp_path / "features"), "--config.data.mixture.chats.frames=1"]
+    )  # fmt: skip
+    assert "features: 7 images of 8 records (1 left out), float32 [" in capsys.readouterr().out
     part.features = str(tmp_path / "features")
     cached = FlamingoTask(config, mesh_of(ONE))
     batches.append(batch_of(cached, "chats"))
