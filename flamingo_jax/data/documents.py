@@ -148,7 +148,7 @@ def tokenise(parts: Sequence[object], tokenizer: TextTokenizer, end_id: int) -> 
 def window(tokens: Tokens, length: int, rng: np.random.Generator | None = None) -> tuple[Tokens, list[int]]:
     """(at most `length` tokens of a document, the `bos` among them, which of its images are in them).
 
-    The paper's random window (arXiv 2204.14198, appendix A.3.2), of those that hold a whole image tag where there is
+    The paper's random window (arXiv 2204.14198), of those that hold a whole image tag where there is
     one; without `rng`, the first. A tag that the window would cut is left out whole.
     """
     room, L = length - 1, len(tokens.ids) - 1
