@@ -20,6 +20,7 @@ from clip_jax.errors import ConfigError, DataError, RecordError
 from flamingo_jax.data.documents import END, IMAGE_TAG, EndOfChunk, Text, cut_at_tags, with_ends
 from flamingo_jax.data.json_records import JsonRecords
 from flamingo_jax.data.prompts import question
+from flamingo_jax.data.video import VIDEO_SUFFIXES, read_frames
 
 R = TypeVar("R")
 ROLES = {"user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}  # the latter are LLaVA's
@@ -167,13 +168,15 @@ def open_pages(kind: str, spec: str) -> PageSource:
 
 
 def decode(raw: Raw, frames: int, key: str) -> list[Image.Image]:
-    """The image, or as many frames of the clip, evenly spaced from its first to its last, as RGB.
+    """The image, or as many frames of the clip, as RGB: of a video at 1 a second, of an animated image evenly spaced.
 
     Raises RecordError, naming the file or `key`, for what does not decode.
     """
     if isinstance(raw.where, bytes):
         return [transforms.decode(raw.where, key)]
     key = str(raw.where)
+    if raw.where.suffix.lower() in VIDEO_SUFFIXES:
+        return read_frames(raw.where, frames)
     try:
         data = raw.where.read_bytes()
     except OSError as error:
