@@ -1,10 +1,11 @@
 """What every command shares: flags, logging, one clear line for an error a user can mend."""
 
+import ast
 import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,28 @@ def load_config(path: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(arg) if arg else module.get_config()
+
+
+def config_with(path: str, overrides: Sequence[str]) -> ConfigDict:
+    """The config of FILE or FILE:ARG, changed by `--config.KEY=VALUE` as the commands with flags change theirs.
+
+    Raises ConfigError for another word and for a value that the key does not take; exits on an unknown key.
+    """
+    config = load_config(path)
+    check_overrides([f"--config={path}", *overrides])
+    for word in overrides:
+        key, equals, text = word.removeprefix("--config.").partition("=")
+        if not word.startswith("--config.") or not equals:
+            raise ConfigError(f"{word!r}: expected --config.KEY=VALUE")
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{word}: {error}") from None
+    return config
 
 
 def set_up() -> None:

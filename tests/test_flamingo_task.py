@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -197,42 +196,6 @@ def test_another_tokenizer_of_the_same_size_is_refused(runs: Path, tmp_path: Pat
     config.data.tokenizer = str(tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match=r"init.language_model: tokenizer.sha256 is .* in the checkpoint"):
         FlamingoTask(config, mesh_of(ONE)).sources()
-
-
-@pytest.mark.slow
-def test_a_step_weighs_its_streams_and_leaves_the_frozen_alone(runs: Path) -> None:
-    config, mesh = config_of(runs), mesh_of(ONE)
-    task, state = start(config, mesh)
-    streams = task.streams()
-    assert {name: stream.weight for name, stream in streams.items()} == {"pages": 1.0, "pairs": 0.3, "clips": 0.1}
-    batches = {}
-    for name, stream in streams.items():
-        elements = [stream.element(i) for i in range(stream.batch_size)]
-        batches[name] = {k: jnp.asarray(np.stack([e[k] for e in elements])) for k in elements[0] if k != "rejected"}
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    step = jax.jit(train_state.train_step_fn(task, optimizer, config.seed))
-    with sharding.use_mesh(mesh):
-        after, metrics = step(state, batches)
-        after, _ = step(after, batches)  # the first one's learning rate is 0
-    weighted = sum(stream.weight * float(metrics[f"{name}/loss"]) for name, stream in streams.items())
-    assert abs(float(metrics["loss"]) - weighted) <= 1e-5 * weighted
-    assert digest(after.frozen) == digest(state.frozen) and digest(after.model_state) == digest(state.model_state)
-    assert digest(after.trainable) != digest(state.trainable)
-
-    # The gradient is that of the weighted sum in one piece.
-    def total(trainable: Any) -> jax.Array:
-        key = jax.random.key(0)
-        losses = [stream.weight * task.loss(trainable, state.frozen, state.model_state, batches[name], key)[0]
-                  for name, stream in streams.items()]  # fmt: skip
-        return jnp.stack(losses).sum()
-
-    with sharding.use_mesh(mesh):
-        norm = optax_norm(jax.jit(jax.grad(total))(state.trainable))
-    assert abs(float(metrics["gradient_norm"]) - norm) <= 1e-4 * norm
-
-
-def optax_norm(tree: Any) -> float:
-    return float(np.sqrt(sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(tree))))
 
 
 def test_every_config_builds_a_model_that_fits_together() -> None:

@@ -33,6 +33,23 @@ class Stream:
     weight: float = 1.0
 
 
+def draw(order: Order, position: int, use: Callable[[int, np.random.Generator], T], kind: int = 2) -> tuple[T, int]:
+    """(what `use` makes of the record at a position and of a generator of its own, bad records replaced).
+
+    A record for which `use` raises RecordError is replaced by the one that `order` names next.
+    `kind` tells one use of randomness from another. Raises DataError after MAX_ATTEMPTS bad records.
+    """
+    for attempt in range(MAX_ATTEMPTS):
+        rng = generator(order.seed, position, attempt, kind)
+        try:
+            return use(order.index(position, attempt), rng), attempt
+        except RecordError as error:
+            if str(error) not in _reported:  # once for each record and process
+                _reported.add(str(error))
+                logging.warning("record replaced: %s", error)
+    raise DataError(f"{MAX_ATTEMPTS} bad records in a row at position {position}; see the warnings above")
+
+
 @dataclass(frozen=True)
 class Draws:
     """The record at a position, decoded; a bad one is replaced by the one that `order` names next, and counted.
@@ -45,19 +62,8 @@ class Draws:
     cache: dict[int, tuple[Pair, Image.Image]] | None = None
 
     def __call__(self, position: int, use: Callable[[Pair, Image.Image, np.random.Generator], T]) -> tuple[T, int]:
-        """(what `use` makes of the record and a generator of this position's own, bad records replaced).
-
-        `use` may raise RecordError, too. Raises DataError after MAX_ATTEMPTS bad records.
-        """
-        for attempt in range(MAX_ATTEMPTS):
-            rng = generator(self.order.seed, position, attempt, 2)
-            try:
-                return use(*self._read(self.order.index(position, attempt)), rng), attempt
-            except RecordError as error:
-                if str(error) not in _reported:  # once for each record and process
-                    _reported.add(str(error))
-                    logging.warning("record replaced: %s", error)
-        raise DataError(f"{MAX_ATTEMPTS} bad records in a row at position {position}; see the warnings above")
+        """(what `use` makes of the record and a generator of this position's own, bad records replaced): see `draw`."""
+        return draw(self.order, position, lambda index, rng: use(*self._read(index), rng))
 
     def _read(self, index: int) -> tuple[Pair, Image.Image]:
         if self.cache is not None and index in self.cache:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageEnhance, UnidentifiedImageError
 
 from clip_jax.errors import ConfigError, RecordError
 
@@ -36,7 +36,8 @@ class Augmentation:
     """What training changes in an image. The defaults are CLIP's: a random crop of 0.9–1.0 of the area.
 
     `scale`: area of the crop; `ratio`: its aspect; `rotate`: degrees, either way; `jitter`: of brightness
-    and contrast, as a share; `grayscale`: probability.
+    and contrast, as a share; `grayscale`: probability; `saturation`: as a share; `flip`: probability, left to right
+    (texts that say "left" are then wrong).
     """
 
     scale: tuple[float, float] = (0.9, 1.0)
@@ -44,6 +45,8 @@ class Augmentation:
     rotate: float = 0.0
     jitter: float = 0.0
     grayscale: float = 0.0
+    saturation: float = 0.0
+    flip: float = 0.0
 
 
 def read_image(data: bytes, key: str) -> Image.Image:
@@ -86,6 +89,26 @@ def decode(data: bytes, key: str) -> Image.Image:
     return read_image(data, key).convert("RGB")
 
 
+def decode_frames(data: bytes, frames: int, key: str) -> list[Image.Image]:
+    """The frames of an animated image, at most `frames`, evenly spaced from the first to the last; of another, itself.
+
+    RGB. Raises RecordError as `read_image` does.
+    """
+    first = read_image(data, key)  # what is wrong with it is said there
+    with Image.open(io.BytesIO(data)) as image:
+        count = getattr(image, "n_frames", 1)
+        if min(count, frames) == 1:
+            return [first.convert("RGB")]
+        found = []
+        for place in np.linspace(0, count - 1, min(count, frames)).round().astype(int).tolist():
+            try:
+                image.seek(place)
+                found.append(accepted(image, key).convert("RGB"))
+            except (EOFError, OSError, SyntaxError, ValueError) as error:
+                raise RecordError(f"{key}: frame {place} does not decode ({str(error)[:120]})") from None
+    return found
+
+
 def check_resizing(interpolation: str, resize_mode: str) -> None:
     """Raises ConfigError for a way of resizing that there is not."""
     if interpolation not in INTERPOLATIONS:
@@ -122,7 +145,7 @@ def evaluation_image(
 
 
 def training_image(image: Image.Image, size: int, augment: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    """A random resized crop, never flipped (texts say "left"), and what `augment` adds. uint8 [size, size, 3]."""
+    """A random resized crop, and what `augment` adds. uint8 [size, size, 3]."""
     box = _crop_box(image.size, augment, rng)
     if augment.rotate:
         angle = math.radians(rng.uniform(-augment.rotate, augment.rotate))
@@ -138,6 +161,10 @@ def training_image(image: Image.Image, size: int, augment: Augmentation, rng: np
         image = image.point(np.clip(np.rint(table), 0, 255).astype(int).tolist() * 3)
     if augment.grayscale and rng.random() < augment.grayscale:
         image = image.convert("L").convert("RGB")
+    if augment.saturation:
+        image = ImageEnhance.Color(image).enhance(1 + rng.uniform(-augment.saturation, augment.saturation))
+    if augment.flip and rng.random() < augment.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image, dtype=np.uint8)
 
 

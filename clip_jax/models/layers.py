@@ -5,6 +5,7 @@ H heads, K head size, M feed-forward width, E joint embedding, C channels, V voc
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -73,6 +74,38 @@ def attention(q_BxLxHxK: Array, k_BxSxHxK: Array, v_BxSxHxK: Array, mask: Array 
     return jnp.einsum("BHLS,BSHK->BLHK", weights, v_BxSxHxK)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A kernel with a low-rank addition, W + scale·A·B (arXiv 2106.09685), in the place of the kernel itself.
+
+    A: [..., inputs of W, r]; B: [..., r, outputs of W]. The sum is never made: each factor is applied to x.
+    """
+
+    kernel: Any
+    a: Array
+    b: Array
+    scale: float = field(metadata={"static": True})
+
+
+def multiply(spec: str, x: Array, kernel: Any, dtype: Dtype, preferred: Dtype | None = None) -> Array:
+    """einsum(spec, x, kernel) in `dtype`, where the kernel is an array, a `LowRank`, or held in int8.
+
+    Of the latter (qwix's QArray) `qvalue` is multiplied, and the product with `scale`, one number for each output.
+    """
+    x = x.astype(dtype)
+    if isinstance(kernel, LowRank):
+        low = jnp.tensordot(x, kernel.a.astype(dtype), kernel.a.ndim - 1)
+        added = jnp.tensordot(low, kernel.b.astype(dtype), 1)
+        return multiply(spec, x, kernel.kernel, dtype, preferred) + kernel.scale * added
+    if not hasattr(kernel, "qvalue"):
+        return jnp.einsum(spec, x, kernel.astype(dtype), preferred_element_type=preferred)
+    y = jnp.einsum(spec, x, kernel.qvalue.astype(dtype), preferred_element_type=preferred)
+    inputs, outputs = spec.split(",")[1].split("->")
+    summed = tuple(axis for axis, letter in enumerate(inputs) if letter not in outputs)
+    return y * jnp.squeeze(kernel.scale, summed).astype(y.dtype)
+
+
 class Linear(nn.Module):
     """An affine map over any axes, spelled as an einsum: `spec` multiplies x by a kernel of `shape`.
 
@@ -92,7 +125,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", normal(self.std, *self.axes), self.shape)
         bias_axes = ("residual",) if self.axes[-1] == "embed" else self.axes[-self.bias_rank :]
         bias = self.param("bias", zeros(*bias_axes), self.shape[-self.bias_rank :])
-        return jnp.einsum(self.spec, x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return multiply(self.spec, x, kernel, self.dtype) + bias.astype(self.dtype)
 
 
 def split_heads(width: int, heads: int, name: str, dtype: Dtype) -> Linear:
@@ -144,21 +177,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: Array) -> Array:
         width = x_BxLxD.shape[-1]
-        h_BxLxM = nn.Dense(
-            self.mlp_width,
-            dtype=self.dtype,
-            kernel_init=normal((2 * width) ** -0.5, "embed", "mlp"),
-            bias_init=zeros("mlp"),
-            name="up",
-        )(x_BxLxD)
+        shape, axes = (width, self.mlp_width), ("embed", "mlp")
+        h_BxLxM = Linear("BLD,DM->BLM", shape, axes, (2 * width) ** -0.5, 1, self.dtype, name="up")(x_BxLxD)
         h_BxLxM = nn.with_logical_constraint(ACTIVATIONS[self.activation](h_BxLxM), ("batch", "length", "mlp"))
-        return nn.Dense(
-            width,
-            dtype=self.dtype,
-            kernel_init=normal(self.out_std, "mlp", "embed"),
-            bias_init=zeros("residual"),
-            name="down",
-        )(h_BxLxM)
+        return Linear("BLM,MD->BLD", shape[::-1], axes[::-1], self.out_std, 1, self.dtype, name="down")(h_BxLxM)
 
 
 class Block(nn.Module):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -230,11 +231,12 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a finished checkpoint ({MANIFEST} is missing or unreadable)") from None
 
 
-def restore(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
+def restore(path: Path, abstract: Mapping[str, PyTree], *, cast: bool = False) -> dict[str, PyTree]:
     """Items of a verified checkpoint, placed as the abstract leaves' shardings say.
 
     Keys, shapes and dtypes are compared with the checkpoint's own first: Orbax itself returns abstract
-    leaves for a misspelt key. Raises CheckpointError naming the first difference.
+    leaves for a misspelt key. With `cast`, floats may be stored in another precision than is wanted.
+    Raises CheckpointError naming the first difference.
     """
     homes = _homes(path)
     for item, tree in abstract.items():
@@ -248,7 +250,8 @@ def restore(path: Path, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
                 raise CheckpointError(
                     f"{path}: {item} {name} is not in this model: a checkpoint of another architecture"
                 )
-            if want[name] != have[name]:
+            both_float = all(jnp.issubdtype(leaf[1], jnp.floating) for leaf in (want[name], have[name]))
+            if want[name] != have[name] and not (cast and both_float and want[name][0] == have[name][0]):
                 raise CheckpointError(
                     f"{path}: {item} {name} is {_describe(have[name])}; this model expects {_describe(want[name])}"
                 )

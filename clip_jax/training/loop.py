@@ -218,7 +218,7 @@ def first_state(task: Task, create: Any, abstract: TrainState, shardings: TrainS
         where, item = checkpoint.latest(Path(path)), f"params.{name}"
         logging.info("%s: parameters from %s", name, where)
         checkpoint.verify(where, [item])
-        read |= checkpoint.restore(where, {item: {name: abstract.params[name]}})[item]
+        read |= checkpoint.restore(where, {item: {name: abstract.params[name]}}, cast=True)[item]
         for collection, towers in abstract.model_state.items():
             if name in towers:  # BatchNorm statistics belong to the tower
                 placed = jax.tree.map(lambda leaf: leaf.sharding, towers[name])

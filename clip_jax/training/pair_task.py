@@ -47,6 +47,7 @@ class PairTask(ABC):
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, model: nn.Module):
         self.config, self.mesh, self.model = config, mesh, model
+        self.schedule = config.data.get("schedule", "accumulate")  # checkpoints older than the field have configs, too
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         text = config.model.text
         end_id = text.get("end_id", self.tokenizer.end_id)  # a tower that pools at the last place has none

@@ -1,8 +1,10 @@
 """The training state: what it is, how it is born sharded, and the step that turns it into the next."""
 
+import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,10 +14,12 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from clip_jax import sharding
+from clip_jax.errors import ConfigError
 from clip_jax.training.task import Task
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
+SCHEDULES = ("accumulate", "round_robin")  # of the streams that a step draws from
 
 
 @jax.tree_util.register_dataclass
@@ -49,8 +53,28 @@ def leaf_paths(tree: PyTree) -> set[str]:
 
 
 def matches_any(patterns: Sequence[str]) -> Callable[[str], bool]:
-    """Whether one of the regular expressions matches the start of a path."""
-    return lambda path: any(re.match(pattern, path) for pattern in patterns)
+    """Whether a path's start matches the regular expressions; of several that do the last one counts.
+
+    One after a "!" takes back: ("language_model/", "!language_model/final_norm") is all but the last norm.
+    Raises ConfigError for one that is no regular expression.
+    """
+    compiled = [(_compile(pattern), not pattern.startswith("!")) for pattern in patterns]
+    return lambda path: next((chosen for pattern, chosen in reversed(compiled) if pattern.match(path)), False)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern.removeprefix("!"))
+    except re.error as error:
+        raise ConfigError(f"pattern {pattern!r}: not a regular expression ({error})") from None
+
+
+def check_patterns(what: str, patterns: Sequence[str], paths: Collection[str]) -> None:
+    """Raises ConfigError for a pattern that is no regular expression or matches the start of no path."""
+    for pattern in patterns:
+        if not any(map(_compile(pattern).match, paths)):
+            near = difflib.get_close_matches(pattern.removeprefix("!"), paths, n=1, cutoff=0.0)
+            raise ConfigError(f"{what} {pattern!r} matches no parameter; the nearest is {near[0] if near else 'none'}")
 
 
 def merge(trainable: PyTree, frozen: PyTree) -> PyTree:
@@ -64,11 +88,13 @@ def create_fn(
 ) -> Callable[[jax.Array], TrainState]:
     """A pure function rng → boxed TrainState, to be traced abstractly or jitted.
 
-    `frozen`: regular expressions for the start of the paths that are not trained.
+    `frozen`: regular expressions for the start of the paths that are not trained (see `matches_any`).
+    Raises ConfigError, when traced, for one that matches none.
     """
 
     def create(rng: jax.Array) -> TrainState:
         params, model_state = task.init(rng)
+        check_patterns("frozen", frozen, leaf_paths(params))
         trainable, kept = partition(params, matches_any(frozen))
         return TrainState(jnp.zeros((), jnp.int32), trainable, kept, model_state, optimizer.init(trainable))
 
@@ -92,9 +118,15 @@ Step = Callable[[TrainState, Batches], tuple[TrainState, Metrics]]
 def train_step_fn(task: Task, optimizer: optax.GradientTransformation, seed: int) -> Step:
     """The step, a pure function of state and batches: randomness is a function of (seed, step, stream).
 
-    Gradients of the streams are accumulated with their weights, as Flamingo's were (arXiv 2204.14198 §2.4).
+    Gradients of the streams are accumulated with their weights, as Flamingo's were (arXiv 2204.14198 §2.4), or each
+    step is one stream's, in turn (`task.schedule` "round_robin", the paper's ablation).
+
+    Raises ConfigError for another schedule.
     """
     weights = {name: stream.weight for name, stream in task.streams().items()}
+    if task.schedule not in SCHEDULES:
+        raise ConfigError(f"data.schedule {task.schedule!r}: expected one of {', '.join(SCHEDULES)}")
+    in_turn = task.schedule == "round_robin"
 
     def train_step(state: TrainState, batches: Batches) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -105,16 +137,24 @@ def train_step_fn(task: Task, optimizer: optax.GradientTransformation, seed: int
             loss, (metrics, new) = task.loss(trainable, state.frozen, model_state, batches[name], key)
             return weights[name] * loss, ({"loss": loss} | metrics, new)
 
+        def one(number: int, name: str, model_state: PyTree) -> tuple[Any, PyTree]:
+            """((weighted loss, (metrics, new state)), gradients) of a stream."""
+            key = jax.random.fold_in(rng, number)
+            return jax.value_and_grad(weighted_loss, has_aux=True)(state.trainable, model_state, name, key)
+
         gradients = jax.tree.map(jnp.zeros_like, state.trainable)
         total, model_state = jnp.zeros(()), state.model_state
         metrics: Metrics = {}
-        for number, name in enumerate(weights):
-            key = jax.random.fold_in(rng, number)
-            (loss, (shown, model_state)), part = jax.value_and_grad(weighted_loss, has_aux=True)(
-                state.trainable, model_state, name, key
-            )
-            total, gradients = total + loss, jax.tree.map(jnp.add, gradients, part)
-            metrics |= shown if len(weights) == 1 else {f"{name}/{k}": value for k, value in shown.items()}
+        if in_turn:
+            turn = state.step % len(weights)
+            branches = [partial(one, number, name) for number, name in enumerate(weights)]
+            (total, (metrics, model_state)), gradients = jax.lax.switch(turn, branches, model_state)
+            metrics = metrics | {"stream": turn}
+        else:
+            for number, name in enumerate(weights):
+                (loss, (shown, model_state)), part = one(number, name, model_state)
+                total, gradients = total + loss, jax.tree.map(jnp.add, gradients, part)
+                metrics |= shown if len(weights) == 1 else {f"{name}/{k}": value for k, value in shown.items()}
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         return replace(
             state,

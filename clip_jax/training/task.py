@@ -12,6 +12,8 @@ PyTree = Any
 
 
 class Task(Protocol):
+    schedule: str  # of the streams: "accumulate", or "round_robin" (a step for each in turn)
+
     def init(self, rng: jax.Array) -> tuple[PyTree, PyTree]:
         """(params, state), boxed with their logical axes. Traced abstractly first, so it must be pure.
 

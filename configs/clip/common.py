@@ -30,6 +30,7 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     config.data = data = ml_collections.ConfigDict()
     data.train = ""  # KIND:WHERE, see clip_jax.data.sources
     data.mixture = ml_collections.ConfigDict()  # or, in its place and batch_size's: name → `data_set`
+    data.schedule = "accumulate"  # of the mixture's gradients; or "round_robin": each data set has a step in turn
     data.evaluate = ml_collections.ConfigDict()  # name → KIND:WHERE
     data.templates = "{}"  # of prompts: openai80, openai7, a text with {} or a file of one a line
     data.tokenizer = ""

@@ -18,7 +18,7 @@ def run_config(task: str) -> ml_collections.ConfigDict:
     config.keep_checkpoints = 2
     config.mesh = ml_collections.ConfigDict({"replica": 1, "fsdp": -1, "tensor": 1})  # -1: all devices left
     config.sharding_rules = ()  # ((logical axis, mesh axis), …) instead of clip_jax.sharding.DEFAULT_RULES
-    config.frozen = ()
+    config.frozen = ()  # patterns of paths that are not trained; of several that match the last counts, "!" takes back
     config.data = ml_collections.ConfigDict({"threads": 2, "prefetch": 2, "max_rejected_share": 0.01})
     config.optimizer = ml_collections.ConfigDict(
         {"lr": 1e-4, "warmup_steps": 5000, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
@@ -32,18 +32,25 @@ def flamingo_config(variant: str) -> ml_collections.ConfigDict:
     config = run_config("flamingo")
     config.model = get_variant(variant)
     config.frozen = ("vision/", "language_model/")
-    # Workdirs or checkpoints. The frozen parts need one; the resampler may start from another Flamingo's.
-    config.init = ml_collections.ConfigDict({"vision": "", "language_model": "", "resampler": ""})
+    config.frozen_dtype = "float32"  # "bfloat16" for the big ones; what is trained is always float32
+    # Low-rank adapters: of which kernels ("language_model/blocks/(query|value)"), their width; scale alpha / rank.
+    config.adapters = ml_collections.ConfigDict({"patterns": (), "rank": 8, "alpha": 16.0})
+    # Workdirs or checkpoints. The frozen parts need one; the resampler, or all at once, may be another Flamingo's.
+    config.init = ml_collections.ConfigDict({"vision": "", "language_model": "", "resampler": "", "flamingo": ""})
     config.optimizer.no_decay = "resampler/"
     data = config.data
     data.train = ""
     data.tokenizer, data.bos = "", "<|bos|>"
     data.mean = data.std = (0.5, 0.5, 0.5)
-    data.next_rate = 0.0
+    data.attend = "previous"  # φ: the image that a token sees, or "all" before it
+    data.next_rate = 0.0  # how often an interleaved page's texts see the next one instead; the paper's is 0.5
+    data.space_rate = 0.0  # how often a page's texts begin with a space; the paper's is 0.5
     data.augment = ml_collections.ConfigDict(
-        {"scale": (0.9, 1.0), "ratio": (0.9, 1.1), "rotate": 0.0, "jitter": 0.0, "grayscale": 0.0}
-    )
-    data.mixture = ml_collections.ConfigDict()  # stream → what a step draws of it
+        {"scale": (0.9, 1.0), "ratio": (0.9, 1.1), "rotate": 0.0, "jitter": 0.0, "grayscale": 0.0, "saturation": 0.0,
+         "flip": 0.0}
+    )  # fmt: skip
+    data.mixture = ml_collections.ConfigDict()  # name → `stream`
+    data.schedule = "accumulate"  # of the mixture's gradients; or "round_robin": each data set has a step in turn
     config.evaluation = ml_collections.ConfigDict(
         {"source": "", "support": "", "shots": (0, 4), "count": 280, "quick": 40, "captions": 200, "batch_size": 32,
          "answer_tokens": 12, "tokens": {"shot": 24, "query": 32}}
@@ -51,11 +58,19 @@ def flamingo_config(variant: str) -> ml_collections.ConfigDict:
     return config
 
 
-def stream(images: int, frames: int, tokens: int, batch_size: int, weight: float) -> ml_collections.ConfigDict:
-    """A data set of the mixture: the room in its documents, how many a step draws, the weight of its loss."""
+def stream(
+    images: int, frames: int, tokens: int, batch_size: int, weight: float, *, kind: str = "emoji", source: str = "",
+    features: str = "",
+) -> ml_collections.ConfigDict:  # fmt: skip
+    """A data set of the mixture: the room in its documents, how many a step draws, the weight of its loss.
+
+    `kind` and `source`: see `flamingo_jax.data.pages.open_pages`; "emoji" is made of the pictures of `data.train`.
+    `features`: a directory of `python -m launch.prepare features`, read instead of pixels.
+    """
     return ml_collections.ConfigDict(
-        {"images": images, "frames": frames, "tokens": tokens, "batch_size": batch_size, "weight": weight}
-    )
+        {"kind": kind, "source": source, "features": features, "images": images, "frames": frames, "tokens": tokens,
+         "batch_size": batch_size, "weight": weight}
+    )  # fmt: skip
 
 
 def emoji_data(config: ml_collections.ConfigDict) -> None:

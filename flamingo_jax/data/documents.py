@@ -5,6 +5,7 @@ Here the masks are made, from φ; the model only obeys them. Dimension letters: 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class EndOfChunk:
 
 END = EndOfChunk()
 Part = Media | Text | EndOfChunk
+M = TypeVar("M")  # media, decoded or not
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,27 @@ def interleave(text: str, media: Sequence[Media]) -> Document:
 
     Raises ConfigError where there are more or fewer of them than places.
     """
+    if text.count(IMAGE_TAG) != len(media):
+        places = text.count(IMAGE_TAG)
+        raise ConfigError(f"{len(media)} images for {places} places {IMAGE_TAG} in the text {text[:60]!r}")
+    return Document(with_ends(cut_at_tags(text, media)))
+
+
+def cut_at_tags(text: str, media: Sequence[M], *, learned: bool = True) -> list[M | Text]:
+    """The texts between tags, without blank ones, and the media in place of the tags: as many."""
     first, *rest = text.split(IMAGE_TAG)
-    if len(rest) != len(media):
-        raise ConfigError(f"{len(media)} images for {len(rest)} places {IMAGE_TAG} in the text {text[:60]!r}")
-    parts: list[Part] = [Text(first)] if first.strip() else []
+    parts: list[M | Text] = [Text(first, learned)] if first.strip() else []
     for image, after in zip(media, rest, strict=True):
-        parts += [END] if parts else []
-        parts += [image, Text(after)] if after.strip() else [image]
-    return Document([*parts, END])
+        parts += [image, Text(after, learned)] if after.strip() else [image]
+    return parts
+
+
+def with_ends(parts: Sequence[M | Text]) -> list[M | Text | EndOfChunk]:
+    """Parts with an end before every image but one that opens the document, and at the end."""
+    ended: list[M | Text | EndOfChunk] = []
+    for part in parts:
+        ended += [END, part] if ended and not isinstance(part, Text) else [part]
+    return [*ended, END]
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,91 @@ def length(parts: Sequence[Part], tokenizer: TextTokenizer) -> int:
     return sum(len(tokenizer.encode(text)) for text in texts) + sum(part is END for part in parts)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A document as tokens, after a `bos`: `ids` [L], which of them are learned, and for each image the positions
+    (first, one past the last) of its tag.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+    tags: list[tuple[int, int]]
+
+
+def tokenise(parts: Sequence[object], tokenizer: TextTokenizer, end_id: int) -> Tokens:
+    """The tokens of texts, ends, and images, which is what all other parts count as."""
+    ids, learned = [tokenizer.bos_id], [False]
+    tags: list[tuple[int, int]] = []
+    last_learned = False
+    for part in parts:
+        if isinstance(part, Text):
+            new, last_learned = tokenizer.encode(part.text), part.learned
+            learned += [last_learned] * len(new)
+        elif part is END:
+            new = [end_id]
+            learned.append(last_learned)
+        else:
+            new = tokenizer.encode(IMAGE_TAG)
+            tags.append((len(ids), len(ids) + len(new)))
+            learned += [False] * len(new)
+        ids += new
+    return Tokens(ids, learned, tags)
+
+
+def window(tokens: Tokens, length: int, rng: np.random.Generator | None = None) -> tuple[Tokens, list[int]]:
+    """(at most `length` tokens of a document, the `bos` among them, which of its images are in them).
+
+    The paper's random window (arXiv 2204.14198), of those that hold a whole image tag where there is
+    one; without `rng`, the first. A tag that the window would cut is left out whole.
+    """
+    room, L = length - 1, len(tokens.ids) - 1
+    start, stop = 1, len(tokens.ids)
+    if room < L:
+        starts = np.zeros(L - room + 1, bool)  # of windows from token 1 + i on
+        for first, end in tokens.tags:
+            starts[max(0, end - 1 - room) : first] = True
+        possible = np.flatnonzero(starts) if starts.any() else np.arange(len(starts))
+        start = 1 + int(possible[rng.integers(len(possible))] if rng is not None else 0)
+        stop = start + room
+    for first, end in tokens.tags:
+        start = end if first < start < end else start
+        stop = first if first < stop < end else stop
+    kept = [i for i, (first, end) in enumerate(tokens.tags) if start <= first and end <= stop]
+    tags = [(tokens.tags[i][0] - start + 1, tokens.tags[i][1] - start + 1) for i in kept]
+    ids, learned = ([part[0], *part[start:stop]] for part in (tokens.ids, tokens.learned))
+    return Tokens(ids, learned, tags), kept
+
+
+def text_arrays(tokens: Tokens, shape: Shape, attend: str, *, left: bool = False) -> Element:
+    """Tokens padded to `shape`, with their masks (see `encode`). Tokens whose image is one too many attend none."""
+    L = len(tokens.ids)
+    where = slice(shape.tokens - L, None) if left else slice(L)
+    text, text_mask, loss_mask = (np.zeros(shape.tokens, kind) for kind in (np.int32, bool, bool))
+    media_mask = np.zeros((shape.tokens, shape.images), bool)
+    text[where], text_mask[where], loss_mask[where] = tokens.ids, True, tokens.learned
+    seen = phi([first for first, _ in tokens.tags], L, attend)[:, : shape.images]
+    media_mask[where, : seen.shape[1]] = seen
+    return {"text": text, "text_mask": text_mask, "media_mask": media_mask, "loss_mask": loss_mask}
+
+
+def stack_frames(
+    media: Sequence[np.ndarray], shape: Shape, item: Sequence[int], dtype: np.typing.DTypeLike, *, key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(images or clips [F, *item] together, padded with zeros [T, F, *item], frame_mask [T, F]).
+
+    Raises RecordError, naming `key`, for more or larger ones than there is room for.
+    """
+    if len(media) > shape.images:
+        raise RecordError(f"{key}: {len(media)} images; at most {shape.images} expected")
+    stacked = np.zeros((shape.images, shape.frames, *item), dtype)
+    frame_mask = np.zeros((shape.images, shape.frames), bool)
+    for t, frames in enumerate(media):
+        if len(frames) > shape.frames or frames.shape[1:] != stacked.shape[2:]:
+            raise RecordError(f"{key}: frames {frames.shape}; at most {stacked.shape[1:]} expected")
+        stacked[t, : len(frames)], frame_mask[t, : len(frames)] = frames, True
+    return stacked, frame_mask
+
+
 def encode(
     document: Document, tokenizer: TextTokenizer, shape: Shape, end_id: int, *, key: str, left: bool = False
 ) -> Element:
@@ -111,43 +211,10 @@ def encode(
     Raises:
       RecordError, naming `key`: more images, frames or tokens than `shape` has room for.
     """
-    ids, learned = [tokenizer.bos_id], [False]
-    places: list[int] = []
-    media = np.zeros((shape.images, shape.frames, shape.image_size, shape.image_size, 3), np.uint8)
-    frame_mask = np.zeros((shape.images, shape.frames), bool)
-    last_learned = False
-    for part in document.parts:
-        if isinstance(part, Media):
-            t, frames = len(places), len(part.frames)
-            if t == shape.images:
-                raise RecordError(f"{key}: {len(document.media)} images; at most {shape.images} expected")
-            if frames > shape.frames or part.frames.shape[1:] != media.shape[2:]:
-                raise RecordError(f"{key}: frames {part.frames.shape}; at most {media.shape[1:]} expected")
-            media[t, :frames], frame_mask[t, :frames] = part.frames, True
-            places.append(len(ids))
-            new = tokenizer.encode(IMAGE_TAG)
-            learned += [False] * len(new)
-        elif isinstance(part, Text):
-            new, last_learned = tokenizer.encode(part.text), part.learned
-            learned += [last_learned] * len(new)
-        else:
-            new = [end_id]
-            learned.append(last_learned)
-        ids += new
-    L = len(ids)
-    if shape.tokens < L:
-        raise RecordError(f"{key}: {L} tokens; at most {shape.tokens} expected")
-
-    where = slice(shape.tokens - L, None) if left else slice(L)
-    text, text_mask, loss_mask = (np.zeros(shape.tokens, kind) for kind in (np.int32, bool, bool))
-    media_mask = np.zeros((shape.tokens, shape.images), bool)
-    text[where], text_mask[where], loss_mask[where] = ids, True, learned
-    media_mask[where, : len(places)] = phi(places, L, document.attend)
-    return {
-        "media": media,
-        "frame_mask": frame_mask,
-        "text": text,
-        "text_mask": text_mask,
-        "media_mask": media_mask,
-        "loss_mask": loss_mask,
-    }
+    size = shape.image_size
+    frames = [part.frames for part in document.media]
+    media, frame_mask = stack_frames(frames, shape, (size, size, 3), np.uint8, key=key)
+    tokens = tokenise(document.parts, tokenizer, end_id)
+    if shape.tokens < len(tokens.ids):
+        raise RecordError(f"{key}: {len(tokens.ids)} tokens; at most {shape.tokens} expected")
+    return {"media": media, "frame_mask": frame_mask} | text_arrays(tokens, shape, document.attend, left=left)

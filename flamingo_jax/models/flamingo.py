@@ -25,7 +25,8 @@ class Flamingo(nn.Module):
     """Batch → logits [B, L, V + extra_tokens], float32.
 
     A batch holds `media` [B, T, F, S, S, 3] (T images or clips of F frames, normalised), `frame_mask` [B, T, F],
-    `text` [B, L], `text_mask` [B, L] and `media_mask` [B, L, T]: which images a token attends. The model makes
+    `text` [B, L], `text_mask` [B, L] and `media_mask` [B, L, T]: which images a token attends; or, instead of `media`,
+    what `look` makes of it, `features` [B, T, F, N, C]. The model makes
     none of these masks itself. Ids from the language model's vocabulary size on are the extra tokens, trained.
     Gated blocks stand before blocks f, f + n, f + 2n, … (f `first_block`, n `interval`).
 
@@ -99,7 +100,8 @@ class Flamingo(nn.Module):
         )
 
     def __call__(self, batch: Mapping[str, Array]) -> Array:
-        media = self.see(batch["media"], batch["frame_mask"])
+        features = batch["features"] if "features" in batch else self.look(batch["media"])
+        media = self.resample(features, batch["frame_mask"])
         text_mask = batch["text_mask"]
         media_mask = self.image_mask(batch["media_mask"], batch["frame_mask"])
         x = self.read(self.embed(batch["text"]), positions(text_mask), causal_mask(text_mask), media, media_mask)
@@ -115,12 +117,20 @@ class Flamingo(nn.Module):
 
     def see(self, media_BxTxFxSxSx3: Array, frame_mask_BxTxF: Array) -> Array:
         """The images as tokens for the language model, R for each (F·N without latents). [B, T·R, C]."""
+        return self.resample(self.look(media_BxTxFxSxSx3), frame_mask_BxTxF)
+
+    def look(self, media_BxTxFxSxSx3: Array) -> Array:
+        """What the frozen tower makes of the images, N tokens a frame. [B, T, F, N, C]."""
         B, T, F, *image = media_BxTxFxSxSx3.shape
         _, tokens = self.vision(media_BxTxFxSxSx3.reshape(B * T * F, *image))
         if not self.class_token:
             tokens = tokens[:, self.vision.num_prefix_tokens :]
-        features = tokens.reshape(B * T, F, *tokens.shape[1:])
-        latents = self.resampler(features, frame_mask_BxTxF.reshape(B * T, F))
+        return tokens.reshape(B, T, F, *tokens.shape[1:])
+
+    def resample(self, features_BxTxFxNxC: Array, frame_mask_BxTxF: Array) -> Array:
+        """The images as tokens for the language model, from `look`'s. [B, T·R, C]."""
+        B, T, F, N, C = features_BxTxFxNxC.shape
+        latents = self.resampler(features_BxTxFxNxC.reshape(B * T, F, N, C), frame_mask_BxTxF.reshape(B * T, F))
         return latents.reshape(B, T * latents.shape[1], latents.shape[2])
 
     def embed(self, text_BxL: Array) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.layers import RESIDUAL, Array, layer_norm, normal, zeros
+from clip_jax.models.layers import RESIDUAL, Array, layer_norm, multiply, normal, zeros
 from flamingo_jax.models.layers import ACTIVATIONS, Projection, RMSNorm, feed_forward
 from flamingo_jax.models.positions import RopeScaling, alibi, frequencies, relative_logits, rotary, sinusoids
 
@@ -230,7 +230,10 @@ class LanguageModel(nn.Module):
         return Block(self.spec, self.dtype, parent=None)
 
     def embed(self, text_BxL: Array) -> Array:
-        return self.embedding_VxD[text_BxL].astype(self.dtype)
+        table = self.embedding_VxD
+        if hasattr(table, "qvalue"):  # held in int8, with a scale for each row
+            return table.qvalue[text_BxL].astype(self.dtype) * table.scale[text_BxL].astype(self.dtype)
+        return table[text_BxL].astype(self.dtype)
 
     def place(self, x_BxLxD: Array, position_BxL: Array, slots: int) -> Array:
         """x with learned positions added, where the model has such; rows have `slots` places.
@@ -248,8 +251,7 @@ class LanguageModel(nn.Module):
         x_BxLxD = self.final_norm(x_BxLxD)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         head_VxD = self.embedding_VxD if self.spec.tied else self.head_VxD
-        logits = jnp.einsum("BLD,VD->BLV", x_BxLxD, head_VxD.astype(self.dtype), preferred_element_type=wide)
-        return logits, x_BxLxD
+        return multiply("BLD,VD->BLV", x_BxLxD, head_VxD, self.dtype, wide), x_BxLxD
 
     def __call__(self, text_BxL: Array, mask_BxL: Array | None = None) -> Array:
         if mask_BxL is None:

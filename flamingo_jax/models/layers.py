@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.models import layers as clip_layers
-from clip_jax.models.layers import Array, normal, ones, zeros
+from clip_jax.models.layers import Array, multiply, normal, ones, zeros
 
 # Between the two maps of a feed-forward; beside these there is "swiglu" (arXiv 2002.05202), whose third map gates.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -52,7 +52,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", normal(self.std, *self.axes), self.shape)
-        y = jnp.einsum(self.spec, x.astype(self.dtype), kernel.astype(self.dtype))
+        y = multiply(self.spec, x, kernel, self.dtype)
         if not self.bias_rank:
             return y
         axes = ("residual",) if self.axes[-1] == "embed" else self.axes[-self.bias_rank :]

@@ -1,36 +1,47 @@
 """Flamingo as a task: a frozen tower and a frozen language model from checkpoints, the parts between them trained."""
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from clip_jax import sharding
 from clip_jax.data import transforms
 from clip_jax.data.pipeline import Stream
-from clip_jax.data.sources import open_source
 from clip_jax.errors import ConfigError
 from clip_jax.losses.next_token import next_token_losses
 from clip_jax.training import checkpoint
+from clip_jax.training.loop import flatten
 from clip_jax.training.starting_points import COSTS, check_vision, compare
-from clip_jax.training.state import merge
+from clip_jax.training.state import matches_any, merge
+from flamingo_jax import adapters
 from flamingo_jax.data.documents import Shape
-from flamingo_jax.data.emoji import EmojiDocuments, catalogue
+from flamingo_jax.data.features import tower_digest
+from flamingo_jax.data.mixture import Mixture
 from flamingo_jax.data.tokenizer import open_tokenizer
 from flamingo_jax.models.variants import build_flamingo, language_model_fields, resampler_fields
 from flamingo_jax.training.language_model_task import check_vocabulary
 
 PyTree = Any
-REQUIRED = ("vision", "language_model")  # of config.init
+REQUIRED = ("vision", "language_model")  # of config.init, unless all is another Flamingo's
+# Part → where a checkpoint's metadata describe it, and what it is called.
+PARTS = {
+    "vision": ("towers", "tower `vision`"),
+    "language_model": ("", "language model"),
+    "resampler": ("flamingo", "resampler"),
+}
 
 
 class FlamingoTask:
-    """Next-token prediction on documents with images: a mixture of pages, pairs and clips.
+    """Next-token prediction on documents with images: a mixture of any number of data sets.
+
+    What is frozen (`config.frozen`) is held in `config.frozen_dtype`, what is trained in float32. With
+    `config.adapters.patterns`, frozen linear maps have trained low-rank adapters (`flamingo_jax.adapters`).
 
     Raises ConfigError where the tokenizer does not fit the language model, DataError where data are missing.
     """
@@ -43,37 +54,15 @@ class FlamingoTask:
         check_vocabulary(self.tokenizer, config.data.tokenizer, vocab_size)
         self.end_id = vocab_size  # the first id beyond the language model's: <EOC>
         self.image_size = config.model.vision.image_size
+        self.schedule = config.data.get("schedule", "accumulate")
+        self.mixture = Mixture(config, self.tokenizer, self.image_size, self.end_id)
 
     def shape(self, images: int, tokens: int) -> Shape:
         """The shape of documents of so many images and tokens."""
         return Shape(images, self.config.model.resampler.frames, self.image_size, tokens)
 
     def streams(self) -> Mapping[str, Stream]:
-        return self._streams
-
-    @cached_property
-    def _streams(self) -> dict[str, Stream]:
-        data = self.config.data
-        source = open_source(data.train)
-        listing = catalogue(source, self.image_size)  # decodes every picture, once for all streams
-        return {
-            name: Stream(
-                EmojiDocuments(
-                    kind=name,
-                    source=source,
-                    seed=self.config.seed + number,
-                    tokenizer=self.tokenizer,
-                    shape=Shape(part.images, part.frames, self.image_size, part.tokens),
-                    end_id=self.end_id,
-                    augment=transforms.Augmentation(**data.augment),
-                    next_rate=data.next_rate,
-                    listing=listing,
-                ),
-                part.batch_size,
-                part.weight,
-            )
-            for number, (name, part) in enumerate(data.mixture.items())
-        }
+        return self.mixture.streams
 
     def init(self, rng: jax.Array) -> tuple[PyTree, PyTree]:
         R, S = self.config.model.resampler.frames, self.image_size
@@ -85,47 +74,119 @@ class FlamingoTask:
             "media_mask": jnp.ones((1, 2, 1), bool),
         }
         variables = dict(self.model.init(rng, batch))
-        return variables.pop("params"), variables
+        params, wanted = variables.pop("params"), self.config.get("adapters", {})
+        if wanted.get("patterns"):
+            key = jax.random.fold_in(rng, 1)
+            params = {**params, adapters.NAME: adapters.create(params, wanted.patterns, wanted.rank, key)}
+        return self.cast_frozen(params), variables
+
+    def cast_frozen(self, params: PyTree) -> PyTree:
+        """Parameters, of which the frozen ones are in `config.frozen_dtype`."""
+        frozen, dtype = matches_any(self.config.frozen), self.config.get("frozen_dtype", "float32")
+        flat = traverse_util.flatten_dict(params, sep="/")
+        cast = {
+            path: jax.tree.map(lambda x: x.astype(dtype), leaf) if frozen(path) else leaf for path, leaf in flat.items()
+        }
+        return traverse_util.unflatten_dict(cast, sep="/")
+
+    def variables(self, params: PyTree, state: PyTree) -> PyTree:
+        """What the model is applied with: the adapters, if any, at the kernels they belong to."""
+        wanted = self.config.get("adapters", {})
+        scale = wanted.alpha / wanted.rank if wanted.get("patterns") else 0.0
+        return {"params": adapters.attach(params, scale), **state}
 
     def sources(self) -> Mapping[str, str]:
-        """Where the tower, the language model and perhaps the resampler come from.
+        """Where what is not initialised comes from: the tower, the language model, perhaps the resampler, or all of
+        another Flamingo, of which the former replace their parts.
 
-        What their checkpoints say of themselves is compared with the config first.
+        What their checkpoints say of themselves is compared with the config first; so are cached features.
         """
-        model = self.config.model
-        init = {name: path for name, path in self.config.init.items() if path or name in REQUIRED}
-        found = {}
-        for name, path in init.items():
-            if not path:
+        init = {name: path for name, path in self.config.init.items() if path}
+        whole = init.pop("flamingo", "")
+        for name in REQUIRED:
+            if not whole and name not in init:
                 raise ConfigError(f"init.{name} is empty: name the run or checkpoint that it is taken from")
-            found[name] = checkpoint.metadata(checkpoint.latest(Path(path))).get("model", {})
-        clip, lm = found["vision"], found["language_model"]
-        flamingo = found.get("resampler", {}).get("flamingo", {})
-        for name, there, what in (
-            ("vision", "vision" in clip.get("towers", {}), "tower `vision`"),
-            ("language_model", "language_model" in lm, "language model"),
-            ("resampler", "resampler" in flamingo, "resampler"),
-        ):
-            if name in init and not there:
-                family = found[name].get("family", "foreign")
-                raise ConfigError(f"init.{name}={self.config.init[name]}: a {family} checkpoint, without a {what}")
-        check_vision(self.config)
+        described = {name: _described(path) for name, path in init.items()}
+        for name, (part, what) in PARTS.items():
+            if name in init and name not in (described[name].get(part, {}) if part else described[name]):
+                family = described[name].get("family", "foreign")
+                raise ConfigError(f"init.{name}={init[name]}: a {family} checkpoint, without a {what}")
+        if "vision" in init:
+            check_vision(self.config)
+        if "language_model" in init:
+            self._check_language_model(described["language_model"])
+        if "resampler" in init:
+            self._check_resampler(described["resampler"]["flamingo"])
+        found = init if not whole else dict.fromkeys(self._parts_of(whole), whole) | init
+        self._check_features(found["vision"])
+        return found
+
+    def _check_language_model(self, theirs: Mapping[str, Any]) -> None:
         # A checkpoint may be older than a field, or name only what its source says.
-        fields = language_model_fields(lm["language_model"])
-        compare("init.language_model", fields, model.language_model.to_dict(), ("embedding_std",))
+        fields = language_model_fields(theirs["language_model"])
+        compare("init.language_model", fields, self.config.model.language_model.to_dict(), ("embedding_std",))
+        self._check_tokenizer("init.language_model", theirs)
+
+    def _check_tokenizer(self, what: str, theirs: Mapping[str, Any]) -> None:
         digests = {"tokenizer.sha256": self.tokenizer.digest()}
-        compare("init.language_model", {"tokenizer.sha256": lm["tokenizer"]["sha256"]}, digests)
-        if flamingo:
-            compare("init.resampler", resampler_fields(flamingo["resampler"]), model.resampler.to_dict())
-            theirs, ours = ({"norm_tokens": False, **eye} for eye in (flamingo["vision"], model.vision.to_dict()))
-            compare("init.resampler", theirs, ours, tuple(key for key in COSTS if key != "norm_tokens"))
-        return init
+        compare(what, {"tokenizer.sha256": theirs["tokenizer"]["sha256"]}, digests)
+
+    def _check_resampler(self, flamingo: Mapping[str, Any]) -> None:
+        model = self.config.model
+        compare("init.resampler", resampler_fields(flamingo["resampler"]), model.resampler.to_dict())
+        theirs, ours = ({"norm_tokens": False, **eye} for eye in (flamingo["vision"], model.vision.to_dict()))
+        compare("init.resampler", theirs, ours, tuple(key for key in COSTS if key != "norm_tokens"))
+
+    def _parts_of(self, path: str) -> list[str]:
+        """The subtrees that a Flamingo's checkpoint gives: all, and its adapters where they are this config's."""
+        theirs = _described(path)
+        if "flamingo" not in theirs:
+            raise ConfigError(f"init.flamingo={path}: a {theirs.get('family', 'foreign')} checkpoint, not a Flamingo")
+        a, b = (flatten(model) for model in (theirs["flamingo"], self.config.model.to_dict()))
+        costs = tuple(key for key in a if key.split(".")[-1] in (*COSTS, "embedding_std") and "norm_tokens" not in key)
+        both = a.keys() & b.keys()  # a checkpoint may be older than a field
+        compare("init.flamingo", {key: a[key] for key in both}, {key: b[key] for key in both}, costs)
+        self._check_tokenizer("init.flamingo", theirs)
+        compare("init.flamingo", flatten(theirs["preprocess"]), flatten(self.metadata()["preprocess"]))
+        names = list(jax.eval_shape(self.init, jax.random.key(0))[0])
+        if theirs.get("adapters"):
+            compare("init.flamingo", flatten(theirs["adapters"]), flatten(self.metadata()["adapters"] or {}))
+            return names
+        return [name for name in names if name != adapters.NAME]
+
+    def _check_features(self, vision: str) -> None:
+        """Raises ConfigError where cached features are not those of this tower and these data."""
+        features = self.mixture.features()
+        if features:
+            tower = tower_digest(self.tower(vision))
+            for name, cached in features.items():
+                cached.check(f"data.mixture.{name}.features", {"tower": tower, **self.features_of(name)})
+
+    def tower(self, path: str) -> PyTree:
+        """The tower's variables as a run or checkpoint stores them."""
+        _, state = jax.eval_shape(self.init, jax.random.key(0))
+        statistics = {name: checkpoint.load(path, f"state/{name}/vision") for name in state if "vision" in state[name]}
+        return {"params": checkpoint.load(path, "params/vision"), **statistics}
+
+    def features_of(self, name: str) -> dict[str, Any]:
+        """What the features of a stream depend on, beside the tower's parameters."""
+        part, model = self.config.data.mixture[name], self.config.model
+        return {
+            "kind": part.kind,
+            "source": part.source,
+            "frames": part.frames,
+            "preprocess": self.metadata()["preprocess"],
+            "class_token": model.get("class_token", True),
+            "norm_tokens": model.vision.get("norm_tokens", False),
+            "precision": [model.dtype, self.config.get("frozen_dtype", "float32")],
+        }
 
     def loss(
         self, trainable: PyTree, frozen: PyTree, state: PyTree, batch: Mapping[str, jax.Array], rng: jax.Array
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
-        losses, mask = self.token_losses({"params": merge(trainable, frozen), **state}, batch)
-        gates = [trainable["gated"][name] for name in ("attention_gate", "mlp_gate") if name in trainable["gated"]]
+        losses, mask = self.token_losses(self.variables(merge(trainable, frozen), state), batch)
+        gated = trainable.get("gated", {})
+        gates = [gated[name] for name in ("attention_gate", "mlp_gate") if name in gated]
         metrics = {"gate": jnp.abs(jnp.tanh(jnp.concatenate(gates))).mean()} if gates else {}
         return (losses * mask).sum() / jnp.maximum(mask.sum(), 1), (metrics, state)
 
@@ -135,7 +196,9 @@ class FlamingoTask:
         return next_token_losses(logits, batch["text"]), batch["loss_mask"][:, 1:].astype(logits.dtype)
 
     def inputs(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """A batch as the model takes it: uint8 images normalised, on the device."""
+        """A batch as the model takes it: uint8 images, unless it holds features, normalised, on the device."""
+        if "features" in batch:
+            return dict(batch)
         media = transforms.normalize(batch["media"], self.config.data.mean, self.config.data.std)
         return {**batch, "media": media}
 
@@ -162,6 +225,7 @@ class FlamingoTask:
         return {
             "family": "flamingo",
             "flamingo": model.to_dict(),
+            "adapters": self.config.adapters.to_dict() if self.config.get("adapters", {}).get("patterns") else None,
             "tokenizer": {"file": Path(self.config.data.tokenizer).name, "sha256": self.tokenizer.digest()},
             "preprocess": {
                 "image_size": self.image_size,
@@ -169,3 +233,8 @@ class FlamingoTask:
                 "std": list(self.config.data.std),
             },
         }
+
+
+def _described(path: str) -> Mapping[str, Any]:
+    """What a checkpoint says of its model."""
+    return checkpoint.metadata(checkpoint.latest(Path(path))).get("model", {})

@@ -70,6 +70,8 @@ class LanguageModelTask:
     Raises ConfigError where the tokenizer does not fit the model, DataError where data are missing.
     """
 
+    schedule = "accumulate"  # of its one stream
+
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.model = TextOnly(build_language_model(config.model, config.dtype))

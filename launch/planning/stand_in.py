@@ -23,6 +23,8 @@ def without_data(config: ml_collections.ConfigDict) -> Iterator[ml_collections.C
     else:
         data.train = PAIRS
     for part in data.get("mixture", {}).values():
+        if part.get("kind", "emoji") != "emoji":
+            part.kind, part.features = "pairs", ""
         if "source" in part:
             part.source = PAIRS
     if "group_by_text" in data:
