@@ -32,6 +32,7 @@ def flamingo_config(variant: str) -> ml_collections.ConfigDict:
     config = run_config("flamingo")
     config.model = get_variant(variant)
     config.frozen = ("vision/", "language_model/")
+    config.frozen_dtype = "float32"  # "bfloat16" for the big ones; what is trained is always float32
     # Workdirs or checkpoints. The frozen parts need one; the resampler may start from another Flamingo's.
     config.init = ml_collections.ConfigDict({"vision": "", "language_model": "", "resampler": ""})
     config.optimizer.no_decay = "resampler/"
@@ -56,6 +57,24 @@ def stream(images: int, frames: int, tokens: int, batch_size: int, weight: float
     return ml_collections.ConfigDict(
         {"images": images, "frames": frames, "tokens": tokens, "batch_size": batch_size, "weight": weight}
     )
+
+
+def paper(variant: str, pages: int, arg: str = "") -> ml_collections.ConfigDict:
+    """A config for one of the paper's sizes at so many pages a step, on data of your own (appendix B.2).
+
+    Pages are M3W's, with its up to 5 images and 256 tokens; pairs stand for ALIGN and LTIP together, at a weight of 0.2
+    each; clips are VTP's. `arg`: "pages" leaves the others out.
+    """
+    config = flamingo_config(variant)
+    config.frozen_dtype = "bfloat16"
+    config.model.dtype = "bfloat16"
+    config.model.remat = True
+    config.data.next_rate = 0.5
+    config.data.mixture.pages = stream(images=5, frames=1, tokens=256, batch_size=pages, weight=1.0)
+    if arg != "pages":
+        config.data.mixture.pairs = stream(images=1, frames=1, tokens=32, batch_size=2 * pages, weight=0.4)
+        config.data.mixture.clips = stream(images=1, frames=8, tokens=32, batch_size=pages // 4, weight=0.03)
+    return config
 
 
 def emoji_data(config: ml_collections.ConfigDict) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.layers import RESIDUAL, Array, layer_norm, normal, zeros
+from clip_jax.models.layers import RESIDUAL, Array, layer_norm, look_up, normal, zeros
 from flamingo_jax.models.layers import ACTIVATIONS, Projection, RMSNorm, feed_forward
 from flamingo_jax.models.positions import RopeScaling, alibi, frequencies, relative_logits, rotary, sinusoids
 
@@ -230,7 +230,7 @@ class LanguageModel(nn.Module):
         return Block(self.spec, self.dtype, parent=None)
 
     def embed(self, text_BxL: Array) -> Array:
-        return self.embedding_VxD[text_BxL].astype(self.dtype)
+        return look_up(self.embedding_VxD, text_BxL, self.dtype)
 
     def place(self, x_BxLxD: Array, position_BxL: Array, slots: int) -> Array:
         """x with learned positions added, where the model has such; rows have `slots` places.

@@ -18,7 +18,7 @@ from clip_jax.errors import ConfigError
 from clip_jax.losses.next_token import next_token_losses
 from clip_jax.training import checkpoint
 from clip_jax.training.starting_points import COSTS, check_vision, compare
-from clip_jax.training.state import merge
+from clip_jax.training.state import matches_any, merge, partition
 from flamingo_jax.data.documents import Shape
 from flamingo_jax.data.emoji import EmojiDocuments, catalogue
 from flamingo_jax.data.tokenizer import open_tokenizer
@@ -85,7 +85,13 @@ class FlamingoTask:
             "media_mask": jnp.ones((1, 2, 1), bool),
         }
         variables = dict(self.model.init(rng, batch))
-        return variables.pop("params"), variables
+        return self.cast_frozen(variables.pop("params")), variables
+
+    def cast_frozen(self, params: PyTree) -> PyTree:
+        """Parameters, of which the frozen ones are in `config.frozen_dtype`."""
+        trained, frozen = partition(params, matches_any(self.config.frozen))
+        dtype = self.config.get("frozen_dtype", "float32")
+        return merge(trained, jax.tree.map(lambda x: x.astype(dtype), frozen))
 
     def sources(self) -> Mapping[str, str]:
         """Where the tower, the language model and perhaps the resampler come from.

@@ -1,0 +1,22 @@
+"""Flamingo-80B: NFNet-F6 and a Chinchilla of 70 billion, frozen, trained on pages, pairs and clips of your own.
+
+    python -m launch.plan --config configs/flamingo/flamingo_80b.py:pages --topology v5p:8x8x8
+    python -m launch.train --config configs/flamingo/flamingo_80b.py --workdir runs/flamingo_80b \\
+        --config.init.vision=runs/nfnet_f6_bert --config.init.language_model=path/to/checkpoint \\
+        --config.data.tokenizer=path/to/tokenizer.json --config.data.train=path/to/data
+
+COST
+"""
+
+import ml_collections
+
+from configs.flamingo.common import paper
+from configs.flamingo.quickstart import get_config as quickstart
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    if arg == "debug":
+        return quickstart(arg)
+    config = paper("Flamingo-80B", pages=2048, arg=arg)
+    config.mesh.tensor = 4
+    return config
