@@ -155,9 +155,9 @@ def test_the_table_of_growth_goes_on_where_it_stopped(
     assert [line.split(" | ")[0] for line in path.read_text().splitlines()[2:]] == ["| v5p:2x2x2", "| v5p:4x4x4"]
 
 
-def test_the_table_of_plans_is_current() -> None:
+def test_no_row_of_the_table_of_plans_is_stale() -> None:
     done = table.read(Path(table.__file__).with_suffix(".md"))
-    assert list(done) == [table.key_of(row) for row in table.ROWS], "run make plan-table"
+    assert done and done.keys() <= {table.key_of(row) for row in table.ROWS}, "run make plan-table"
     assert all(line.split(" | ")[4] == "yes" for line in done.values())
     assert {row.config.split(":")[0] for row in table.ROWS} >= {
         *(f"configs/clip/{name}.py" for name in ("vit_l14_336", "vit_b32", "nfnet_f6_bert")),
@@ -165,7 +165,7 @@ def test_the_table_of_plans_is_current() -> None:
     }
 
 
-def test_a_hash_is_of_what_a_step_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hash_is_of_what_a_step_depends_on() -> None:
     row = table.Row("configs/clip/vit_b32.py", "v5e:2x4")
     before = table.config_hash(row)
     assert before != table.config_hash(replace(row, topology="v5e:4x4"))

@@ -5,7 +5,8 @@
         --config.init.vision=runs/nfnet_f6_bert --config.init.language_model=path/to/checkpoint \\
         --config.data.tokenizer=path/to/tokenizer.json --config.data.train=path/to/data
 
-COST
+What it takes, the first command says: of pages alone, on which pairs and clips come on top.
+`configs/flamingo/flamingo_9b.py:debug` takes seconds.
 """
 
 import ml_collections
