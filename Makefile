@@ -54,8 +54,10 @@ $(PEERS_VENV)/.installed: pyproject.toml | $(PEERS_VENV)/bin/python
 	$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[peers]"
 	touch $@
 
-# From 8 to 4,096 chips at 64 examples on each; what stands in the table is not compiled again.
+# What the configs for pods take, then ViT-L/14@336 from 8 to 4,096 chips at 64 examples on each. What stands in a table
+# is not compiled again.
 plan-table: $(VENV)/.installed-dev
+	$(RUN) -m launch.planning.table launch/planning/table.md
 	$(RUN) -m launch.planning.growth --config configs/clip/vit_l14_336.py --table launch/planning/growth.md
 
 clean:

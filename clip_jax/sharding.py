@@ -70,7 +70,12 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+        lengths = tuple(sizes.values())
+        try:
+            return jax.make_mesh(lengths, MESH_AXES, axis_types=types, devices=devices)
+        except NotImplementedError:  # an axis is shorter than every one of the torus: 4 of 8×8×8
+            grid = mesh_utils.create_device_mesh(lengths, devices, allow_split_physical_axes=True)
+            return Mesh(grid, MESH_AXES, axis_types=types)
     # The slow network between slices carries the outermost axis that it can: of `replica`, gradients only.
     across = next((axis for axis in BATCH_AXES if sizes[axis] % slices == 0), None)
     if across is None:
@@ -88,6 +93,21 @@ def use_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
     Rules are no part of jit's cache key: trace a fresh `jax.jit` for each table.
     """
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield
+
+
+@contextmanager
+def examples_everywhere(count: int) -> Iterator[None]:
+    """Inside, `count` examples are sharded over all axes of the mesh: no device repeats what another computes.
+
+    For a part of a model whose layers are small enough to be used whole. Outside `use_mesh`, and where the mesh does
+    not divide the examples, nothing changes.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    if mesh.empty or count % mesh.size:
+        yield
+        return
+    with nn.logical_axis_rules((("batch", MESH_AXES), *(rule for rule in rules if rule[0] != "batch"))):
         yield
 
 

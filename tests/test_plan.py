@@ -13,7 +13,7 @@ from clip_jax.errors import ConfigError
 from configs.clip import vit_b32, vit_l14_336
 from configs.flamingo import smollm2
 from launch import plan as command
-from launch.planning import growth, hardware, report, search, step
+from launch.planning import growth, hardware, report, search, step, table
 from launch.planning.stand_in import without_data
 from launch.tasks import build_task
 
@@ -153,3 +153,43 @@ def test_the_table_of_growth_goes_on_where_it_stopped(
                 growth.main(config.copy_and_resolve_references())
     assert compiled == [8 * 16, 64 * 16]
     assert [line.split(" | ")[0] for line in path.read_text().splitlines()[2:]] == ["| v5p:2x2x2", "| v5p:4x4x4"]
+
+
+def test_no_row_of_the_table_of_plans_is_stale() -> None:
+    done = table.read(Path(table.__file__).with_suffix(".md"))
+    assert done and done.keys() <= {table.key_of(row) for row in table.ROWS}, "run make plan-table"
+    assert all(line.split(" | ")[4] == "yes" for line in done.values())
+    assert {row.config.split(":")[0] for row in table.ROWS} >= {
+        *(f"configs/clip/{name}.py" for name in ("vit_l14_336", "vit_b32", "nfnet_f6_bert")),
+        *(f"configs/flamingo/{name}.py" for name in ("flamingo_3b", "flamingo_9b", "flamingo_80b")),
+    }
+
+
+def test_a_hash_is_of_what_a_step_depends_on() -> None:
+    row = table.Row("configs/clip/vit_b32.py", "v5e:2x4")
+    before = table.config_hash(row)
+    assert before != table.config_hash(replace(row, topology="v5e:4x4"))
+    assert before != table.config_hash(replace(row, overrides="model.vision.remat=full"))
+    assert before == table.config_hash(replace(row, overrides="log_every=7"))
+    assert before != table.config_hash(replace(row, overrides="batch_size=512 model.dtype=float32"))
+
+
+def test_the_table_of_plans_goes_on_where_it_stopped(
+    plan: step.Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiled: list[str] = []
+
+    def compile_step(_: object, topology: hardware.Topology, __: object) -> step.Plan:
+        compiled.append(topology.name)
+        if len(compiled) == 3:
+            raise KeyboardInterrupt
+        return replace(plan, topology=topology)
+
+    monkeypatch.setattr(table, "compile_step", compile_step)
+    path = tmp_path / "table.md"
+    with pytest.raises(KeyboardInterrupt):
+        table.write(path)
+    assert list(table.read(path)) == [table.key_of(row) for row in table.ROWS[:2]]
+    table.write(path)
+    assert list(table.read(path)) == [table.key_of(row) for row in table.ROWS]
+    assert len(compiled) == len(table.ROWS) + 1

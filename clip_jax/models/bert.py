@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.layers import Array, Transformer, layer_norm, normal
+from clip_jax.models.layers import POOLED, Array, Transformer, layer_norm, look_up, normal
 
 
 class Bert(nn.Module):
@@ -43,8 +43,10 @@ class Bert(nn.Module):
         def table(name: str, axis: str | None, rows: int) -> Array:
             return self.param(name, normal(0.02, axis, "embed"), (rows, D)).astype(self.dtype)
 
+        embedding_VxD = table("token_embedding", "vocab", self.vocab_size)
+
         type_D_or_BxLxD = table("type_embedding", None, self.types)[0 if type_BxL is None else type_BxL]
-        x_BxLxD = table("token_embedding", "vocab", self.vocab_size)[text_BxL] + type_D_or_BxLxD
+        x_BxLxD = look_up(embedding_VxD, text_BxL, self.dtype) + type_D_or_BxLxD
         x_BxLxD += table("position_embedding", None, self.positions)[:length]
         x_BxLxD = layer_norm("embedding_norm", self.dtype, self.norm_epsilon)(x_BxLxD)
         real_BxL = text_BxL != self.pad_id
@@ -56,4 +58,5 @@ class Bert(nn.Module):
         total_BxD = jnp.einsum("BLD,BL->BD", wide, real_BxL.astype(wide.dtype))
         pooled_BxD = total_BxD / jnp.maximum(real_BxL.sum(axis=1, keepdims=True), 1)
         projection_DxE = self.param("projection", normal(D**-0.5, "embed", "joint"), (D, self.embed_dim))
-        return pooled_BxD.astype(self.dtype) @ projection_DxE.astype(self.dtype), tokens_BxLxD
+        pooled_BxD = nn.with_logical_constraint(pooled_BxD.astype(self.dtype), POOLED)
+        return pooled_BxD @ projection_DxE.astype(self.dtype), tokens_BxLxD

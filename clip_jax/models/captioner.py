@@ -18,6 +18,7 @@ from clip_jax.models.layers import (
     FeedForward,
     attention,
     layer_norm,
+    look_up,
     merge_heads,
     normal,
     split_heads,
@@ -111,7 +112,7 @@ class Captioner(nn.Module):
             raise ConfigError(f"text of {length} tokens: at most context_length {self.context_length} expected")
         embedding_VxD = self.param("token_embedding", normal(0.02, "vocab", "embed"), (self.vocab_size, D))
         position_LxD = self.param("position_embedding", normal(0.01, None, "embed"), (self.context_length, D))
-        x_GxLxD = embedding_VxD.astype(self.dtype)[text_GxL] + position_LxD[:length].astype(self.dtype)
+        x_GxLxD = look_up(embedding_VxD, text_GxL, self.dtype) + position_LxD[:length].astype(self.dtype)
 
         block: Any = CaptionBlock
         if self.remat != "none":

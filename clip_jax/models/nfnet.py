@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.layers import REMAT_POLICIES, Array, normal, ones, zeros
+from clip_jax.models.layers import REMAT_POLICIES, Array, gelu, normal, ones, zeros
 from clip_jax.models.resnet import FEATURES, average_pool, convolve
 
 ALPHA = 0.2  # of a residual branch: each block adds α² to the expected variance
@@ -24,7 +24,7 @@ EPSILON = 1e-5  # beside a kernel's variance
 
 
 def scaled_gelu(x: Array) -> Array:
-    return GAMMA * jax.nn.gelu(x, approximate=False)
+    return GAMMA * gelu(x)
 
 
 class ScaledConv(nn.Module):

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.layers import Array, Transformer, layer_norm, normal, zeros
+from clip_jax.models.layers import POOLED, Array, Transformer, layer_norm, look_up, normal, zeros
 
 
 class TextTransformer(nn.Module):
@@ -43,7 +43,7 @@ class TextTransformer(nn.Module):
             raise ConfigError(f"text of {length} tokens: at most context_length {self.context_length} expected")
         embedding_VxD = self.param("token_embedding", normal(0.02, "vocab", "embed"), (self.vocab_size, D))
         position_LxD = self.param("position_embedding", normal(0.01, None, "embed"), (self.context_length, D))
-        x_BxLxD = embedding_VxD.astype(self.dtype)[text_BxL] + position_LxD[:length].astype(self.dtype)
+        x_BxLxD = look_up(embedding_VxD, text_BxL, self.dtype) + position_LxD[:length].astype(self.dtype)
         x_BxLxD = Transformer(
             self.layers, self.heads, self.mlp_width or 4 * D, self.activation, causal=self.causal,
             norm_epsilon=self.norm_epsilon, remat=self.remat, dtype=self.dtype, name="transformer",
@@ -56,6 +56,7 @@ class TextTransformer(nn.Module):
             pooled_BxD = jnp.take_along_axis(tokens_BxLxD, end_B[:, None, None], axis=1)[:, 0]
         else:
             raise ConfigError(f"text pool {self.pool!r}: expected end or last")
+        pooled_BxD = nn.with_logical_constraint(pooled_BxD, POOLED)
         projection_DxE = self.param("projection", normal(D**-0.5, "embed", "joint"), (D, self.embed_dim))
         pooled_BxE = pooled_BxD @ projection_DxE.astype(self.dtype)
         if self.projection_bias:

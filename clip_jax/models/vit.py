@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from clip_jax.errors import ConfigError
 from clip_jax.models.layers import (
+    POOLED,
+    RESIDUAL,
     Array,
     FeedForward,
     Transformer,
@@ -43,10 +45,11 @@ class AttentionHead(nn.Module):
     def __call__(self, tokens_BxNxD: Array) -> Array:
         batch, _, D = tokens_BxNxD.shape
         probe_D = self.param("probe", normal(D**-0.5, "residual"), (D,))
-        probe_Bx1xD = jnp.broadcast_to(probe_D.astype(self.dtype), (batch, 1, D))
         query, key, value = (split_heads(D, self.heads, n, self.dtype) for n in ("query", "key", "value"))
-        y_Bx1xHxK = attention(query(probe_Bx1xD), key(tokens_BxNxD), value(tokens_BxNxD))
+        query_Bx1xHxK = jnp.broadcast_to(query(probe_D[None, None]), (batch, 1, self.heads, D // self.heads))
+        y_Bx1xHxK = attention(query_Bx1xHxK, key(tokens_BxNxD), value(tokens_BxNxD))
         x_Bx1xD = merge_heads(self.heads, D // self.heads, D, "embed", D**-0.5, self.dtype)(y_Bx1xHxK)
+        x_Bx1xD = nn.with_logical_constraint(x_Bx1xD, RESIDUAL)
         y_Bx1xD = layer_norm("mlp_norm", self.dtype, self.norm_epsilon)(x_Bx1xD)
         y_Bx1xD = FeedForward(self.mlp_width, self.activation, D**-0.5, self.dtype, name="mlp")(y_Bx1xD)
         return (x_Bx1xD + y_Bx1xD)[:, 0]
@@ -123,7 +126,7 @@ class VisionTransformer(nn.Module):
         )(x_BxNxD)  # fmt: skip
         ln_post = layer_norm("ln_post", self.dtype, self.norm_epsilon)
         if has_class:
-            pooled = ln_post(tokens_BxNxD[:, 0])
+            pooled = nn.with_logical_constraint(ln_post(tokens_BxNxD[:, 0]), POOLED)
             if self.embed_dim:
                 projection_DxE = self.param("projection", normal(D**-0.5, "embed", "joint"), (D, self.embed_dim))
                 pooled = pooled @ projection_DxE.astype(self.dtype)

@@ -73,6 +73,28 @@ def stream(
     )  # fmt: skip
 
 
+def paper(variant: str, pages: int, arg: str = "") -> ml_collections.ConfigDict:
+    """A config for one of the paper's sizes at so many pages a step, on data of your own (appendix B.2).
+
+    Pages are M3W's, with its up to 5 images and 256 tokens; pairs stand for ALIGN and LTIP together, at a weight of 0.2
+    each; clips are VTP's. `arg`: "pages" leaves the others out.
+    """
+    config = flamingo_config(variant)
+    config.frozen_dtype = "bfloat16"
+    config.model.dtype = "bfloat16"
+    config.model.remat = True
+    config.data.next_rate = 0.5
+    config.data.mixture.pages = stream(images=5, frames=1, tokens=256, batch_size=pages, weight=1.0, kind="interleaved")
+    if arg != "pages":
+        config.data.mixture.pairs = stream(
+            images=1, frames=1, tokens=32, batch_size=2 * pages, weight=0.4, kind="pairs"
+        )
+        config.data.mixture.clips = stream(
+            images=1, frames=8, tokens=32, batch_size=pages // 4, weight=0.03, kind="clips"
+        )
+    return config
+
+
 def emoji_data(config: ml_collections.ConfigDict) -> None:
     """The embedded emoji as documents; asked about are concepts and a style that no training saw."""
     config.data.train = "emoji:train"

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.layers import Array, normal
+from clip_jax.models.layers import RESIDUAL, Array, normal
+from clip_jax.sharding import examples_everywhere
 from flamingo_jax.models.gated_attention import GatedCrossAttention, GatedSpec
 from flamingo_jax.models.language_model import Block, KeyValue, LanguageModel, causal_mask, positions, run_blocks
 from flamingo_jax.models.resampler import Resampler
@@ -122,16 +123,19 @@ class Flamingo(nn.Module):
     def look(self, media_BxTxFxSxSx3: Array) -> Array:
         """What the frozen tower makes of the images, N tokens a frame. [B, T, F, N, C]."""
         B, T, F, *image = media_BxTxFxSxSx3.shape
-        _, tokens = self.vision(media_BxTxFxSxSx3.reshape(B * T * F, *image))
-        if not self.class_token:
-            tokens = tokens[:, self.vision.num_prefix_tokens :]
-        return tokens.reshape(B, T, F, *tokens.shape[1:])
+        with examples_everywhere(B * T):
+            images = nn.with_logical_constraint(media_BxTxFxSxSx3.reshape(B * T * F, *image), ("batch",))
+            _, tokens = self.vision(images)
+            if not self.class_token:
+                tokens = tokens[:, self.vision.num_prefix_tokens :]
+            return tokens.reshape(B, T, F, *tokens.shape[1:])
 
     def resample(self, features_BxTxFxNxC: Array, frame_mask_BxTxF: Array) -> Array:
         """The images as tokens for the language model, from `look`'s. [B, T·R, C]."""
         B, T, F, N, C = features_BxTxFxNxC.shape
-        latents = self.resampler(features_BxTxFxNxC.reshape(B * T, F, N, C), frame_mask_BxTxF.reshape(B * T, F))
-        return latents.reshape(B, T * latents.shape[1], latents.shape[2])
+        with examples_everywhere(B * T):
+            latents = self.resampler(features_BxTxFxNxC.reshape(B * T, F, N, C), frame_mask_BxTxF.reshape(B * T, F))
+        return nn.with_logical_constraint(latents.reshape(B, T * latents.shape[1], latents.shape[2]), RESIDUAL)
 
     def embed(self, text_BxL: Array) -> Array:
         V = self.language_model.vocab_size

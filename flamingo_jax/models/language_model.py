@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.layers import RESIDUAL, Array, layer_norm, multiply, normal, zeros
+from clip_jax.models.layers import RESIDUAL, Array, layer_norm, look_up, multiply, normal, zeros
 from flamingo_jax.models.layers import ACTIVATIONS, Projection, RMSNorm, feed_forward
 from flamingo_jax.models.positions import RopeScaling, alibi, frequencies, relative_logits, rotary, sinusoids
 
@@ -233,7 +233,7 @@ class LanguageModel(nn.Module):
         table = self.embedding_VxD
         if hasattr(table, "qvalue"):  # held in int8, with a scale for each row
             return table.qvalue[text_BxL].astype(self.dtype) * table.scale[text_BxL].astype(self.dtype)
-        return table[text_BxL].astype(self.dtype)
+        return look_up(table, text_BxL, self.dtype)
 
     def place(self, x_BxLxD: Array, position_BxL: Array, slots: int) -> Array:
         """x with learned positions added, where the model has such; rows have `slots` places.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.layers import Array, attention, layer_norm, normal
+from clip_jax.models.layers import RESIDUAL, Array, attention, layer_norm, normal
 from flamingo_jax.models.layers import FeedForward, Projection
 
 KINDS = ("perceiver", "transformer", "mlp")
@@ -34,8 +34,10 @@ class ResamplerBlock(nn.Module):
     def __call__(self, x_BxRxD: Array, features_BxSxD: Array | None, mask_BxS: Array) -> tuple[Array, None]:
         if self.kind != "mlp":
             x_BxRxD = x_BxRxD + self._attention(x_BxRxD, features_BxSxD, mask_BxS)
+        x_BxRxD = nn.with_logical_constraint(x_BxRxD, RESIDUAL)
         y = layer_norm("mlp_norm", self.dtype)(x_BxRxD)
-        return x_BxRxD + FeedForward(self.mlp_width, self.activation, self.dtype, name="mlp")(y), None
+        x_BxRxD = x_BxRxD + FeedForward(self.mlp_width, self.activation, self.dtype, name="mlp")(y)
+        return nn.with_logical_constraint(x_BxRxD, RESIDUAL), None
 
     def _attention(self, x_BxRxD: Array, features_BxSxD: Array | None, mask_BxS: Array) -> Array:
         D, H, K = x_BxRxD.shape[-1], self.heads, self.head_size

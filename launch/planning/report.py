@@ -88,7 +88,7 @@ def to_text(plan: Plan, price: float | None = None) -> str:
             lines.append(f"  {KINDS[kind]:24}{gib(amount):>12}")
     if plan.costs:
         lines += costs_lines(plan, plan.costs, chip.price if price is None else price)
-    lines.append(f"(compiled in {plan.compile_seconds:.0f} s)")
+    lines.append(f"(compiled in {plan.compile_seconds:.0f} s of CPU time)")
     return "\n".join(lines)
 
 

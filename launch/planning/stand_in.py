@@ -30,10 +30,20 @@ def without_data(config: ml_collections.ConfigDict) -> Iterator[ml_collections.C
     if "group_by_text" in data:
         data.group_by_text = False
     with tempfile.TemporaryDirectory() as directory:
+        if config.model.get("text", {}).get("kind") == "bert" and not data.tokenizer:
+            data.tokenizer = str(write_vocabulary(Path(directory), config.model.text.vocab_size))
         if "bos" in data and not any((root / data.tokenizer).is_file() for root in (Path(), ASSETS)):
             model = config.model.get("language_model", config.model)
             data.tokenizer = str(write_tokenizer(Path(directory), model.vocab_size, data.bos))
         yield config
+
+
+def write_vocabulary(directory: Path, vocab_size: int) -> Path:
+    """BERT's vocab.txt of so many ids, to which every text is unknown words."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    path = directory / "vocab.txt"
+    path.write_text("\n".join([*special, *(f"<{i}>" for i in range(len(special), vocab_size))]) + "\n")
+    return path
 
 
 def write_tokenizer(directory: Path, vocab_size: int, bos: str) -> Path:

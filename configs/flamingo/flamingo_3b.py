@@ -1,0 +1,21 @@
+"""Flamingo-3B: NFNet-F6 and a Chinchilla of 1.4 billion, frozen, trained on pages, pairs and clips of your own.
+
+    python -m launch.plan --config configs/flamingo/flamingo_3b.py:pages --topology v5e:8x8
+    python -m launch.train --config configs/flamingo/flamingo_3b.py --workdir runs/flamingo_3b \\
+        --config.init.vision=runs/nfnet_f6_bert --config.init.language_model=path/to/checkpoint \\
+        --config.data.tokenizer=path/to/tokenizer.json --config.data.train=path/to/data
+
+What it takes, the first command says: of pages alone, on which pairs and clips come on top.
+`configs/flamingo/flamingo_3b.py:debug` takes seconds.
+"""
+
+import ml_collections
+
+from configs.flamingo.common import paper
+from configs.flamingo.quickstart import get_config as quickstart
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    if arg == "debug":
+        return quickstart(arg)
+    return paper("Flamingo-3B", pages=512, arg=arg)

@@ -1,0 +1,25 @@
+"""Flamingo-80B: NFNet-F6 and a Chinchilla of 70 billion, frozen, trained on pages, pairs and clips of your own.
+
+    python -m launch.plan --config configs/flamingo/flamingo_80b.py:pages --topology v5p:8x8x8
+    python -m launch.train --config configs/flamingo/flamingo_80b.py --workdir runs/flamingo_80b \\
+        --config.init.vision=runs/nfnet_f6_bert --config.init.language_model=path/to/checkpoint \\
+        --config.data.tokenizer=path/to/tokenizer.json --config.data.train=path/to/data
+
+Cost by the plan, of pages alone, at best: 2,048 a step on 512 v5p chips take 13.9 GiB on each and 1.36 s, for 500,000
+steps 8 days and $406,000. 512 a step on 256 v5e chips (`--topology v5e:16x16 --config.mesh.tensor=8
+--config.data.mixture.pages.batch_size=512`) take 11.2 of 15.75 GiB and 2.0 s, 12 days and $87,000. Pairs and clips come
+on top. `configs/flamingo/flamingo_80b.py:debug` takes seconds.
+"""
+
+import ml_collections
+
+from configs.flamingo.common import paper
+from configs.flamingo.quickstart import get_config as quickstart
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    if arg == "debug":
+        return quickstart(arg)
+    config = paper("Flamingo-80B", pages=2048, arg=arg)
+    config.mesh.tensor = 4
+    return config
