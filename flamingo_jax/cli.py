@@ -148,7 +148,7 @@ def say(arguments: argparse.Namespace, question: str | None) -> None:
     shots = read_shots(arguments.shots, question)
     speaker = speaker_of(arguments, min(arguments.batch_size, len(where)))
     opening = opened(speaker, arguments, shots, question)
-    results, rejected = [], []
+    results, rejected = list[dict[str, str]](), list[str]()
     # Off a terminal there is no bar.
     with tqdm(total=len(where), desc=arguments.command, unit="images", disable=None, dynamic_ncols=True) as bar:
         for batch in read_ahead(where, speaker, arguments.threads):
