@@ -3,7 +3,8 @@
     python -m launch.train --config configs/clip/quickstart.py --workdir runs/quickstart/clip
     python -m launch.train --config FILE --workdir DIR --config.optimizer.lr=1e-3
 
-Run again with the same workdir, it goes on where it stopped.
+Run again with the same workdir, it goes on where it stopped. On SIGTERM, to any of its processes, and on Ctrl-C it
+saves, and exits with 0.
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ from clip_jax.errors import ConfigError
 from clip_jax.sharding import make_mesh
 from clip_jax.training.loop import train
 from launch import command
+from launch.planning.ideal import ideal_seconds
 from launch.tasks import build_task
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
@@ -26,7 +28,8 @@ def main(config: ml_collections.ConfigDict) -> Any:
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: name a directory for the run")
     mesh = make_mesh(config.mesh.to_dict(), jax.devices())
-    return train(config, build_task(config, mesh), Path(WORKDIR.value), mesh)
+    ideal = ideal_seconds(config, build_task, jax.devices())
+    return train(config, build_task(config, mesh), Path(WORKDIR.value), mesh, ideal)
 
 
 if __name__ == "__main__":
