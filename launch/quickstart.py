@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         code = run(stage, workdir / "seconds.json")
         if code:
             sys.exit(f"{title}: stopped with exit code {code}; `make quickstart` goes on from here")
+        if not stage.is_done():  # asked to stop, it has saved, and says 0
+            sys.exit(f"{title}: stopped; `make quickstart` goes on from here")
     print_headline(json.loads((workdir / "summary.json").read_text()))
     print(f"all done: {workdir / 'report.html'}")
 

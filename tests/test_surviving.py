@@ -152,6 +152,23 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes(data)
 
 
+def test_processes_share_out_the_verification(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, digest, read = checkpoint.latest(whole), checkpoint._digest, dict[int, list[Path]]()
+    files = [path / name for name in json.loads((path / checkpoint.MANIFEST).read_text())["files"]]
+    others = len(files)  # what the other process found: nothing
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", lambda mine: np.array([mine, others]))
+    for index in (0, 1):
+        mine = read[index] = []
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr(checkpoint, "_digest", lambda file, mine=mine: (mine.append(file), digest(file))[1])
+        checkpoint.verify(path, together=True)
+    assert sorted(read[0] + read[1]) == sorted(files) and abs(len(read[0]) - len(read[1])) <= 1
+    others = 3
+    with pytest.raises(CheckpointError, match=f"{files[3].name}: damaged, as another process sees it"):
+        checkpoint.verify(path, together=True)
+
+
 @pytest.mark.parametrize("how", ["missing", "truncated", "altered"])
 def test_every_file_of_a_checkpoint_is_watched_over(whole: Path, how: str) -> None:
     path = checkpoint.latest(whole)

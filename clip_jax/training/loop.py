@@ -160,14 +160,16 @@ class _Run:
         pending: tuple[int, Mapping[str, jax.Array]] | None = None
         unsaved = False  # a save is due, and waits for an update that is not skipped
         for step in range(start + 1, config.steps + 1):
+            self.watchdog.step()
             with meter.waiting():
                 batch, rejected = next(batches)
             self.count_rejected(rejected)
             if step == start + 1:
+                self.watchdog.other()
                 with meter.pause():
                     step_fn = step_fn.lower(state, batch).compile()
                 meter.program_bytes = program_bytes(step_fn)
-            self.watchdog.step()
+                self.watchdog.step()
             self.profile.before(step)
             state, metrics = step_fn(state, batch)
             self.profile.after(step, metrics)

@@ -18,7 +18,7 @@ FLAGS = ("--config=tests/multiprocess/tiny.py", "--config.checkpoint_every=2", "
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.kills)])
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slowest)])
 def test_random_kills_lose_nothing(tmp_path: Path, kills: int) -> None:
     seed = random.randrange(2**32)
     draw, expected = random.Random(seed), tmp_path / "expected"

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from line_task import LineTask, run
 from processes import Running, start, start_several
-from test_flamingo_task import runs  # noqa: F401  (a fixture)
+from test_flamingo_task import flags_of, runs  # noqa: F401  (a fixture)
 from test_surviving import facts, steps
 
 from clip_jax.training import checkpoint
 
 MESH = ("--config.mesh.replica=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # over all of the processes
 OTHER_MESH = ("--config.mesh.replica=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2")
-CLIP = ("--config=tests/multiprocess/tiny.py", "--config.evaluate_every=0")
+CLIP: tuple[str, ...] = ("--config=tests/multiprocess/tiny.py", "--config.evaluate_every=0")
 
 
 def slow() -> None:
@@ -54,12 +54,14 @@ def check(workdir: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["clip", "flamingo"])
-def test_a_run_moves_from_four_processes_to_two_and_to_one(tmp_path: Path, runs: Path, family: str) -> None:  # noqa: F811
-    flags = CLIP if family == "clip" else (
-        "--config=configs/flamingo/quickstart.py:debug", f"--config.init.vision={runs / 'clip'}",
-        f"--config.init.language_model={runs / 'language_model'}", "--config.steps=12", "--config.evaluation.quick=0",
-    )  # fmt: skip
+@pytest.mark.parametrize("family", ["clip", pytest.param("flamingo", marks=pytest.mark.slowest)])
+def test_a_run_moves_from_four_processes_to_two_and_to_one(
+    tmp_path: Path, request: pytest.FixtureRequest, family: str
+) -> None:
+    flags = CLIP
+    if family == "flamingo":
+        flags = ("--config=configs/flamingo/quickstart.py:debug", *flags_of(request.getfixturevalue("runs")),
+                 "--config.steps=12", "--config.evaluation.quick=0")  # fmt: skip
     flags += ("--config.checkpoint_every=1", "--config.keep=100")
     whole, moved, log = tmp_path / "whole", tmp_path / "moved", tmp_path / "log"
     start(log, *flags, *OTHER_MESH, f"--workdir={whole}", devices=4).succeed()
@@ -73,11 +75,10 @@ def test_a_run_moves_from_four_processes_to_two_and_to_one(tmp_path: Path, runs:
     check(moved, whole)
 
     # Adam's first moment after one step is the gradient: of every parameter the same.
-    name = "mu"
     moments = [
         {jax.tree_util.keystr(path): np.asarray(leaf)
          for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.load(d / "checkpoints" / "00000001", "train"))
-         if name in jax.tree_util.keystr(path)}
+         if "mu" in jax.tree_util.keystr(path)}
         for d in (moved, whole)
     ]  # fmt: skip
     assert len(moments[1]) > 10
@@ -96,8 +97,12 @@ def test_nobody_waits_for_a_process_that_died(tmp_path: Path) -> None:
 
 
 def hang(workdir: str) -> None:
-    run(Path(workdir), LineTask(lambda step: time.sleep(1000) or 1.0 if step == 4 else 1.0),
-        watchdog__step_seconds=2.0)  # fmt: skip
+    def spoil(step: int) -> float:
+        if step == 4:
+            time.sleep(1000)
+        return 1.0
+
+    run(Path(workdir), LineTask(spoil), watchdog__step_seconds=2.0)
 
 
 def test_a_run_that_hangs_is_ended_with_all_stacks(tmp_path: Path) -> None:
