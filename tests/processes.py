@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from conftest import CACHE, ROOT
+from conftest import CACHE, DEVICES, ROOT
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["launch.train", "launch.tasks", "clip_jax.training.clip_task",
@@ -54,23 +54,28 @@ class Running:
         os.kill(self.process.pid, number)
 
 
+def launch_train() -> None:
+    """`python -m launch.train`, with the arguments that `start` was given."""
+    from launch import command, train
+
+    command.run(train.main, with_config=True)
+
+
 def start(
     log: Path,
     *flags: str,
     devices: int = 1,
     environment: dict[str, str] | None = None,
-    before: Callable[..., None] | None = None,
+    main: Callable[..., None] = launch_train,
     arguments: Sequence[Any] = (),
 ) -> Running:
-    """`python -m launch.train FLAGS` with its output in `log`; `before(*arguments)` runs in the process first."""
+    """`main(*arguments)` with `flags` as the command line's, in a process whose output goes to `log`."""
     setting = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",  # compiles in half the time
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(f"count={DEVICES}", f"count={devices}"),
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     } | (environment or {})
     log.unlink(missing_ok=True)
-    process = _server.Process(target=_main, args=(str(log), list(flags), setting, before, tuple(arguments)))
+    process = _server.Process(target=_main, args=(str(log), list(flags), setting, main, tuple(arguments)))
     process.start()
     return Running(process, log)
 
@@ -89,7 +94,7 @@ def start_several(count: int, log: Path, *flags: str, devices: int, **options: A
 
 
 def _main(
-    log: str, flags: list[str], setting: dict[str, str], before: Callable[..., None] | None, arguments: tuple[Any, ...]
+    log: str, flags: list[str], setting: dict[str, str], main: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     os.environ.update(setting)
     os.chdir(ROOT)
@@ -99,12 +104,4 @@ def _main(
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
     sys.argv = ["launch.train", *flags]
-
-    from launch import command, train
-
-    if before is not None:
-        before(*arguments)
-    try:
-        command.run(train.main, with_config=True)
-    finally:
-        t=os.times(); print("CPU", t.user+t.system, flush=True)
+    main(*arguments)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from line_task import LineTask, run
-from processes import Running, start, start_several
+from processes import Running, launch_train, start, start_several
 from test_flamingo_task import flags_of, runs  # noqa: F401  (a fixture)
 from test_surviving import facts, steps
 
@@ -20,7 +20,7 @@ OTHER_MESH = ("--config.mesh.replica=2", "--config.mesh.fsdp=1", "--config.mesh.
 CLIP: tuple[str, ...] = ("--config=tests/multiprocess/tiny.py", "--config.evaluate_every=0")
 
 
-def slow() -> None:
+def slow_train() -> None:
     """Gives signals the time to come between two steps."""
     from clip_jax.training.preemption import Preemption
 
@@ -31,6 +31,7 @@ def slow() -> None:
         return reached(self, step)
 
     Preemption.reached = later  # type: ignore[method-assign]
+    launch_train()
 
 
 def stop(running: list[Running]) -> int:
@@ -55,6 +56,7 @@ def check(workdir: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("family", ["clip", pytest.param("flamingo", marks=pytest.mark.slowest)])
 def test_a_run_moves_from_four_processes_to_two_and_to_one(
     tmp_path: Path, request: pytest.FixtureRequest, family: str
@@ -68,9 +70,9 @@ def test_a_run_moves_from_four_processes_to_two_and_to_one(
     start(log, *flags, *OTHER_MESH, f"--workdir={whole}", devices=4).succeed()
 
     flags += (f"--workdir={moved}",)
-    first = stop(start_several(4, log, *flags, *MESH, devices=1, before=slow))
+    first = stop(start_several(4, log, *flags, *MESH, devices=1, main=slow_train))
     assert steps(moved) == list(range(1, first + 1))
-    second = stop(start_several(2, log, *flags, *OTHER_MESH, devices=2, before=slow))
+    second = stop(start_several(2, log, *flags, *OTHER_MESH, devices=2, main=slow_train))
     assert first < second < 12 and steps(moved)[-1] == second
     start(log, *flags, devices=1).succeed()
     check(moved, whole)
@@ -90,7 +92,7 @@ def test_a_run_moves_from_four_processes_to_two_and_to_one(
 
 @pytest.mark.slow
 def test_nobody_waits_for_a_process_that_died(tmp_path: Path) -> None:
-    both = start_several(2, tmp_path / "log", *CLIP, f"--workdir={tmp_path / 'run'}", devices=1, before=slow)
+    both = start_several(2, tmp_path / "log", *CLIP, f"--workdir={tmp_path / 'run'}", devices=1, main=slow_train)
     both[0].wait_for("gradient_norm")
     both[1].send(signal.SIGKILL)
     assert both[0].wait(seconds=60) not in (0, None)
@@ -107,7 +109,7 @@ def hang(workdir: str) -> None:
 
 
 def test_a_run_that_hangs_is_ended_with_all_stacks(tmp_path: Path) -> None:
-    hung = start(tmp_path / "log", before=hang, arguments=[str(tmp_path / "run")])
+    hung = start(tmp_path / "log", main=hang, arguments=[str(tmp_path / "run")])
     assert hung.wait(seconds=120) == 1
     assert "Timeout (0:00:02)!" in hung.text() and hung.text().count("Thread 0x") > 2
     assert "loop.py" in hung.text() and "line_task.py" in hung.text()  # who waits, and for what
