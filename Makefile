@@ -10,13 +10,17 @@ WORKERS ?= 2
 # Large pages for XLA's buffers on a CPU, kept instead of returned to the system: a third less time (glibc only).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8000000000:glibc.malloc.mmap_threshold=4000000000
 
-.PHONY: quickstart test test-peers lint lock plan-table clean
+.PHONY: quickstart test test-slow test-peers lint lock plan-table clean
 
 quickstart: $(VENV)/.installed
 	$(RUN) -m launch.quickstart
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n $(WORKERS) --dist loadscope $(PYTEST_ARGS)
+
+# Fifty random kills of a run, which then must have lost nothing; Flamingo on four processes, two and one.
+test-slow: $(VENV)/.installed-dev
+	$(RUN) -m pytest -s -m slowest $(PYTEST_ARGS)
 
 # Against PyTorch's CLIP and SigLIP, in an environment of their own.
 test-peers: $(PEERS_VENV)/.installed

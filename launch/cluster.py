@@ -1,9 +1,10 @@
 """Which of many processes this one is, on the platforms that we launch on (`launch/README.md`)."""
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -25,9 +26,21 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
     if (arguments := how(environ, has_tpu())) is None:
         return
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            **arguments,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,  # at the end they all wait for each other
+        )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"joining the other processes: {str(error).splitlines()[0]}") from error
+
+
+def leave(message: str) -> NoReturn:
+    """Exits with 1 and a message. One of several processes takes no leave: it would wait for those that wait for it."""
+    if jax.distributed.is_initialized():
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
+    sys.exit(message)
 
 
 def how(environ: Mapping[str, str], has_tpu: bool) -> dict[str, Any] | None:

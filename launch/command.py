@@ -5,6 +5,7 @@ import difflib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,11 @@ def run(main: Callable[..., Any], *, with_config: bool = False) -> None:
         except UserError as error:
             if os.environ.get("TRACEBACK"):
                 raise
-            sys.exit(f"error: {error}")
+            cluster.leave(f"error: {error}")
+        except Exception:
+            if not jax.distributed.is_initialized():
+                raise
+            cluster.leave(traceback.format_exc())
 
     app.run(call, flags_parser=_parse)
 

@@ -7,6 +7,7 @@ Run again, it goes on where it stopped, or says that all is done.
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -73,7 +74,8 @@ def run(stage: Stage, seconds_file: Path) -> int:
     """Runs a stage and adds its seconds to those of earlier, interrupted runs of it."""
     start = time.perf_counter()
     try:
-        return subprocess.run([sys.executable, "-m", *stage.arguments], check=False).returncode
+        stopped = os.environ | {"STOPPED_EXIT_CODE": "75"}  # not 0: the next stage must not begin
+        return subprocess.run([sys.executable, "-m", *stage.arguments], check=False, env=stopped).returncode
     finally:
         seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
         seconds[stage.name] = round(seconds.get(stage.name, 0) + time.perf_counter() - start, 1)

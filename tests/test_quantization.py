@@ -1,5 +1,6 @@
 """Frozen weights in int8: qwix's own values, logits close to float32's, decoding, memory."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ def is_int8(leaf: Any) -> bool:
 
 
 def with_params(model: ImportedFlamingo, params: Any) -> ImportedFlamingo:
-    return ImportedFlamingo(model.config, {"params": params}, model.preprocess, model.report)
+    return dataclasses.replace(model, variables={"params": params})
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,8 @@ def items_of(state: TrainState) -> dict[str, PyTree]:
     if jax.tree.leaves(state.model_state):
         items["state"] = state.model_state
     items["train"] = {"step": state.step, "opt_state": state.opt_state}
+    if state.guard is not None:
+        items["train"]["guard"] = state.guard
     return items
 
 
@@ -60,27 +62,36 @@ def state_of(items: Mapping[str, PyTree], like: TrainState) -> TrainState:
         frozen=frozen,
         model_state=items.get("state", like.model_state),
         opt_state=items["train"]["opt_state"],
+        guard=items["train"].get("guard"),
     )
 
 
 class Checkpointer:
-    """Saves a run's checkpoints under `directory` and finds the newest one that can be believed."""
+    """Saves a run's checkpoints under `directory` and finds the newest one that can be believed.
 
-    def __init__(self, directory: Path, keep: int):
-        self.directory, self._keep = directory.absolute(), keep  # Orbax refuses relative paths
+    It keeps the newest `keep` and, with a `keep_every` other than 0, those of the steps that it divides.
+    """
+
+    def __init__(self, directory: Path, keep: int, keep_every: int = 0):
+        self.directory = directory.absolute()  # Orbax refuses relative paths
+        self._keep, self._keep_every = keep, keep_every
         self._finishing: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.failed = 0  # saves, by this process
 
     def clean(self) -> None:
         """Removes what a killed run left half-written. Call before the first save, from every process."""
         if jax.process_index() == 0 and self.directory.is_dir():
-            for path in self.directory.iterdir():
-                if path.is_dir() and not (path / MANIFEST).is_file():
-                    logging.info("removing %s: not a finished checkpoint", path)
-                    shutil.rmtree(path)
+            self._remove_unfinished()
             if not self.steps():  # left by a run killed before its first checkpoint; this one may start from others
                 shutil.rmtree(self.directory / FROZEN, ignore_errors=True)
         _barrier("clean")
+
+    def _remove_unfinished(self) -> None:
+        for path in self.directory.iterdir():
+            if path.is_dir() and not (path / MANIFEST).is_file():
+                logging.info("removing %s: not a finished checkpoint", path)
+                shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
@@ -92,24 +103,44 @@ class Checkpointer:
         return self.directory / f"{step:08d}"
 
     def save(self, state: TrainState, step: int, metadata: Mapping[str, Any]) -> None:
-        """Starts saving and returns; waits first for the save before it. Raises what that one met."""
-        self.wait()
+        """Starts saving and returns; waits first for the save before it.
+
+        A save that fails (a full disk) is logged at once, leaves nothing behind, and is no reason to stop:
+        `wait` raises what the last one met.
+        """
+        self._join()
         path, items, frozen = self.path(step), items_of(state), frozen_items(state)
-        self._save_frozen({name: items.pop(name) for name in frozen}, metadata)
-        response = ocp.save_checkpointables_async(path, items, custom_metadata=dict(metadata))
+        try:
+            self._save_frozen({name: items.pop(name) for name in frozen}, metadata)
+            response = ocp.save_checkpointables_async(path, items, custom_metadata=dict(metadata))
+        except Exception as error:
+            self._fail(path, error)
+            return
 
         def finish() -> None:
             try:
                 response.result()
                 if jax.process_index() == 0:
                     write_manifest(path, frozen)
-                    for old in self.steps()[: -self._keep]:
-                        shutil.rmtree(self.path(old))
-            except BaseException as error:  # carried over to the training thread by wait()
-                self._error = error
+                    self._remove_old()
+            except Exception as error:
+                self._fail(path, error)
 
         self._finishing = threading.Thread(target=finish, name="checkpoint")
         self._finishing.start()
+
+    def _fail(self, path: Path, error: Exception) -> None:
+        self._error, self.failed = error, self.failed + 1
+        there = ", ".join(map(str, self.steps())) or "none"
+        logging.error("%s\n%s: NOT SAVED: %s\nThe run goes on; finished checkpoints: %s\n%s",
+                      "!" * 100, path, error, there, "!" * 100)  # fmt: skip
+        if jax.process_index() == 0 and self.directory.is_dir():
+            self._remove_unfinished()
+
+    def _remove_old(self) -> None:
+        for step in self.steps()[: -self._keep]:
+            if not self._keep_every or step % self._keep_every:
+                shutil.rmtree(self.path(step))
 
     def _save_frozen(self, items: Mapping[str, PyTree], metadata: Mapping[str, Any]) -> None:
         """Saves the frozen items, unless an earlier save has."""
@@ -122,24 +153,34 @@ class Checkpointer:
                 write_manifest(path)
             _barrier("frozen saved")
 
-    def wait(self) -> None:
-        """Until the last save is committed and its manifest written."""
+    def _join(self) -> None:
         if self._finishing is not None:
             self._finishing.join()
-            self._finishing = None
-        if self._error is not None:
-            error, self._error = self._error, None
+        self._finishing = self._error = None
+
+    def wait(self) -> None:
+        """Until the last save is committed and its manifest written, by all processes, which must all call this.
+
+        Raises CheckpointError where it failed.
+        """
+        if self._finishing is not None:
+            self._finishing.join()
+        error = self._error
+        self._join()
+        if error is not None:
             raise CheckpointError(f"{self.directory}: saving a checkpoint failed: {error}") from error
+        _barrier("saved")
 
     def restore_latest(self, abstract: TrainState) -> TrainState | None:
         """The newest checkpoint that passes verification, on the shardings of `abstract`; None if there is none.
 
-        Raises CheckpointError where every checkpoint is damaged, or for another architecture.
+        Call from every process: each verifies a share of the files. Raises CheckpointError where every checkpoint is
+        damaged, or for another architecture.
         """
         damaged = []
-        for step in reversed(self.steps()):
+        for step in reversed(_agreed(self.steps())):
             try:
-                verify(self.path(step))
+                verify(self.path(step), together=True)
             except CheckpointError as error:
                 logging.warning("%s; going back to an older checkpoint", error)
                 damaged.append((self.path(step), str(error)))
@@ -200,35 +241,76 @@ def write_manifest(path: Path, frozen: Sequence[str] = ()) -> None:
     write_atomically(path / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def verify(path: Path, items: Sequence[str] | None = None) -> None:
+def verify(path: Path, items: Sequence[str] | None = None, *, together: bool = False) -> None:
     """Compares a checkpoint's files, or those of some items only, with its manifest.
 
-    Raises CheckpointError naming the first file that is missing or differs.
+    `together`: every process calls this, verifies a share of the files, and hears what the others found.
+
+    Raises CheckpointError naming the first file that is missing or differs, in every process alike.
     """
     manifest = _manifest(path)
-    for name, expected in manifest["files"].items():
-        if items is not None and "/" in name and name.split("/")[0] not in items:
-            continue
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing; {MANIFEST} lists it")
-        if file.stat().st_size != expected["size"]:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes; {MANIFEST} says {expected['size']}")
-        if _digest(file) != expected["sha256"]:
-            raise CheckpointError(f"{file}: damaged; its sha256 is not the one in {MANIFEST}")
-    frozen = [name for name in manifest.get("frozen", {}).get("items", ()) if items is None or name in items]
+    expected = _files(path, manifest, items)
+    frozen = [name for name in manifest["frozen"]["items"] if items is None or name in items]
     if frozen:
         directory = path.parent / FROZEN
         if not (directory / MANIFEST).is_file() or _digest(directory / MANIFEST) != manifest["frozen"]["sha256"]:
             raise CheckpointError(f"{directory}: missing or changed; {path / MANIFEST} refers to its {frozen[0]}")
-        verify(directory, frozen)
+        expected |= _files(directory, _manifest(directory), frozen)
+    files = list(expected)
+    if not (together and jax.process_count() > 1):
+        for file in files:
+            _check_file(file, expected[file])
+        return
+    first = len(files)
+    for i in range(jax.process_index(), len(files), jax.process_count()):
+        try:
+            _check_file(files[i], expected[files[i]])
+        except CheckpointError:
+            first = i
+            break
+    first = int(np.min(multihost_utils.process_allgather(np.int32(first))))
+    if first < len(files):
+        _check_file(files[first], expected[files[first]])
+        raise CheckpointError(f"{files[first]}: damaged, as another process sees it")
+
+
+def _files(path: Path, manifest: Mapping[str, Any], items: Sequence[str] | None) -> dict[Path, Mapping[str, Any]]:
+    """The files of some items, or of all, and those of no item → what the manifest says of them."""
+    return {
+        path / name: entry
+        for name, entry in manifest["files"].items()
+        if items is None or "/" not in name or name.split("/")[0] in items
+    }
+
+
+def _check_file(file: Path, expected: Mapping[str, Any]) -> None:
+    try:
+        size = file.stat().st_size
+    except OSError:
+        raise CheckpointError(f"{file}: missing; {MANIFEST} lists it") from None
+    if size != expected["size"]:
+        raise CheckpointError(f"{file}: {size} bytes; {MANIFEST} says {expected['size']}")
+    if _digest(file) != expected["sha256"]:
+        raise CheckpointError(f"{file}: damaged; its sha256 is not the one in {MANIFEST}")
 
 
 def _manifest(path: Path) -> dict[str, Any]:
+    """`files`: name → size and sha256; `frozen`: items, and the sha256 of their manifest.
+
+    Raises CheckpointError where it is missing, or anything else.
+    """
     try:
-        return json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):
         raise CheckpointError(f"{path}: not a finished checkpoint ({MANIFEST} is missing or unreadable)") from None
+    try:
+        files, frozen = dict(manifest["files"]), manifest.get("frozen", {"items": [], "sha256": ""})
+        whole = all(entry.keys() == {"size", "sha256"} for entry in files.values())
+        if not whole or frozen.keys() != {"items", "sha256"}:
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path / MANIFEST}: damaged; expected sizes and digests of files") from None
+    return {"files": files, "frozen": frozen}
 
 
 def restore(path: Path, abstract: Mapping[str, PyTree], *, cast: bool = False) -> dict[str, PyTree]:
@@ -334,7 +416,7 @@ def load(path: str | Path, subtree: str = "params", sharding: Any = None) -> PyT
 
 def _homes(path: Path) -> dict[str, Path]:
     """Item → the checkpoint that holds it. (Orbax's own listing reads the metadata of all of them.)"""
-    frozen = dict.fromkeys(_manifest(path).get("frozen", {}).get("items", ()), path.parent / FROZEN)
+    frozen = dict.fromkeys(_manifest(path)["frozen"]["items"], path.parent / FROZEN)
     return dict(sorted((frozen | {item.name: path for item in path.iterdir() if item.is_dir()}).items()))
 
 
@@ -365,6 +447,15 @@ def _describe(leaf: tuple[tuple[int, ...], np.dtype]) -> str:
 
 def _listing(names: Iterable[str]) -> str:
     return ", ".join(sorted(str(name).replace(".", "/") for name in names))
+
+
+def _agreed(steps: Sequence[int]) -> list[int]:
+    """Process 0's: the others' file systems may not show them yet, or still."""
+    if jax.process_count() == 1:
+        return list(steps)
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    mine = np.resize(np.array([*steps, 0], np.int32), count)
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(mine)]
 
 
 def _barrier(name: str) -> None:

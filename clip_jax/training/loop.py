@@ -3,9 +3,8 @@
 import json
 import logging
 import math
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import jaxlib
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from clip_jax import sharding
 from clip_jax.data.pipeline import Batches
@@ -23,36 +21,53 @@ from clip_jax.errors import ConfigError, TrainingError
 from clip_jax.files import write_atomically
 from clip_jax.training import checkpoint
 from clip_jax.training import state as train_state
-from clip_jax.training.metrics import MetricsWriter
+from clip_jax.training.goodput import Goodput
+from clip_jax.training.meter import Meter, program_bytes
+from clip_jax.training.metrics import Log, MetricsWriter
 from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.prediction import read_prediction
+from clip_jax.training.preemption import Preemption
+from clip_jax.training.profile import Profile
 from clip_jax.training.state import TrainState
 from clip_jax.training.task import Task
+from clip_jax.training.watchdog import Watchdog
 
 # A run may go on with other values of these; all the others decide what is computed.
-MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "mesh", "data.threads",
-              "data.prefetch", "data.cache")  # fmt: skip
+MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "keep_every", "mesh", "data.threads",
+              "data.prefetch", "data.cache", "guard.stop_after", "watchdog", "profile", "plan", "wandb")  # fmt: skip
 
 
-def train(config: ml_collections.ConfigDict, task: Task, workdir: Path, mesh: Mesh) -> TrainState:
+def train(
+    config: ml_collections.ConfigDict, task: Task, workdir: Path, mesh: Mesh, ideal_seconds: float | None = None
+) -> TrainState:
     """Trains until `config.steps`, from the workdir's newest checkpoint if it has one, and returns the state.
 
-    Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/ to the workdir. The losses are the same
-    bits whether or not the run was killed on the way.
+    Asked to stop, by SIGTERM to any process or by Ctrl-C, it saves and returns the state of an earlier step.
+
+    Writes config.json, metrics.jsonl, tensorboard/, goodput.json and checkpoints/ to the workdir. The losses are the
+    same bits whether or not the run was killed on the way.
+
+    Args:
+      ideal_seconds: of a step, at the devices' peak: what MFU is measured by.
 
     Raises:
-      TrainingError: a workdir of another config, a non-finite loss, too many bad records.
-      CheckpointError: checkpoints that are damaged or do not fit the model.
+      TrainingError: a workdir of another config, too many skipped updates in a row, too many bad records.
+      CheckpointError: checkpoints that are damaged or do not fit the model, or a last one that can't be saved.
     """
-    for stream in task.streams().values():
+    streams = task.streams()
+    for stream in streams.values():
         sharding.check_batch(stream.batch_size, mesh)
+    profile = Profile(config.profile.steps, workdir)
+    batch = {name: stream.batch_size for name, stream in streams.items()}
+    predicted = read_prediction(config.plan, workdir, batch, mesh.size)
     claim_workdir(workdir, config)
     rules = sharding.rules_of(config.sharding_rules)
-    with sharding.use_mesh(mesh, rules):
+    with Preemption() as preemption, Watchdog(config.watchdog) as watchdog, sharding.use_mesh(mesh, rules):
         axes = sharding.logical_axes(jax.eval_shape(task.init, jax.random.key(0))[0])
         optimizer = make_optimizer(config.optimizer, config.steps, axes)
         create = train_state.create_fn(task, optimizer, config.frozen)
         abstract, shardings = train_state.abstract_state(create, mesh, rules)
-        checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", config.keep_checkpoints)
+        checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", config.keep, config.keep_every)
         checkpointer.clean()
         state = checkpointer.restore_latest(abstract)
         if state is None:
@@ -62,53 +77,59 @@ def train(config: ml_collections.ConfigDict, task: Task, workdir: Path, mesh: Me
         logging.info("%s parameters (%s) on mesh %s; %s step %d of %d",
                      f"{sum(count.values()):,}", ", ".join(f"{k} {v:,}" for k, v in count.items()),
                      dict(mesh.shape), "resuming at" if start else "starting at", start, config.steps)  # fmt: skip
-        if start >= config.steps:
-            logging.info("all %d steps are done: nothing to train in %s", config.steps, workdir)
-            return state
-        step_fn = train_state.jit_train_step(train_state.train_step_fn(task, optimizer, config.seed), shardings, mesh)
-        writer = MetricsWriter(workdir, start) if jax.process_index() == 0 else None
-        run = _Run(config, task, workdir, mesh, checkpointer, writer)
+        step_fn = train_state.train_step_fn(task, optimizer, config.seed, config.guard.spike_factor)
+        metadata = run_metadata(config, task)
+        writer = None
+        if jax.process_index() == 0:
+            writer = MetricsWriter(workdir, start, config.wandb.project, metadata["config"])
+        run = _Run(
+            config=config,
+            task=task,
+            mesh=mesh,
+            metadata=metadata,
+            checkpointer=checkpointer,
+            log=Log(writer, config.steps, start, predicted),
+            meter=Meter(start, sum(batch.values()), Goodput(workdir, start), ideal_seconds),
+            watchdog=watchdog,
+            preemption=preemption,
+            profile=profile,
+        )
         try:
-            return run.steps(state, step_fn, start)
-        finally:
-            run.bar.close()
+            state = run.steps(state, train_state.jit_train_step(step_fn, shardings, mesh), start)
+            watchdog.other()
             checkpointer.wait()
-            if writer is not None:
-                writer.close()
+            return state
+        finally:
+            profile.close()
+            run.log.close()
 
 
+@dataclass
 class _Run:
-    """The loop's surroundings: what is logged, evaluated and saved, and when."""
+    """The loop, and its surroundings: what is logged, evaluated and saved, and when."""
 
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        task: Task,
-        workdir: Path,
-        mesh: Mesh,
-        checkpointer: checkpoint.Checkpointer,
-        writer: MetricsWriter | None,
-    ):
-        self.config, self.task, self.mesh = config, task, mesh
-        self.streams = task.streams()
-        self.batch_size = sum(stream.batch_size for stream in self.streams.values())
-        self.checkpointer, self.writer = checkpointer, writer
-        self.metadata = run_metadata(config, task)
-        self.workdir = workdir
-        self.bar = tqdm(total=config.steps, desc="train", unit="step", dynamic_ncols=True,
-                        disable=jax.process_index() > 0)  # fmt: skip
-        self.drawn = self.rejected = 0
-        self.waited = 0.0
+    config: ml_collections.ConfigDict
+    task: Task
+    mesh: Mesh
+    metadata: dict[str, Any]
+    checkpointer: checkpoint.Checkpointer
+    log: Log
+    meter: Meter
+    watchdog: Watchdog
+    preemption: Preemption
+    profile: Profile
+    drawn: int = 0
+    rejected: int = 0
 
     def batches(self, start: int) -> Iterator[tuple[train_state.Batches, int]]:
         """A batch of every stream on the devices, one step transferred ahead, with their count of bad records here."""
-        data, where = self.config.data, sharding.batch_sharding(self.mesh)
-        sizes = {name: stream.batch_size for name, stream in self.streams.items()}
+        data, where, streams = self.config.data, sharding.batch_sharding(self.mesh), self.task.streams()
+        sizes = {name: stream.batch_size for name, stream in streams.items()}
         read = {
             name: Batches(
                 stream.element, sizes[name], sharding.local_rows(where, sizes[name]), data.threads, data.prefetch
             )
-            for name, stream in self.streams.items()
+            for name, stream in streams.items()
         }
 
         def placed() -> Iterator[tuple[train_state.Batches, int]]:
@@ -126,63 +147,95 @@ class _Run:
             yield ahead
 
     def steps(self, state: TrainState, step_fn: Any, start: int) -> TrainState:
-        config = self.config
-        self.bar.update(start)
+        config, meter = self.config, self.meter
+        if start and self.due("evaluate", start) and not self.log.evaluated(start):
+            self.evaluate(state, start)  # a kill came between save and evaluation
+        if start >= config.steps:
+            logging.info("all %d steps are done: nothing to train", config.steps)
+            return state
+        if self.preemption.reached(start):
+            logging.warning("stopped before step %d; the same command goes on from there", start + 1)
+            return state
         batches = self.batches(start)
-        window_start, window_step = time.perf_counter(), start
         pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        unsaved = False  # a save is due, and waits for an update that is not skipped
         for step in range(start + 1, config.steps + 1):
-            before = time.perf_counter()
-            batch, rejected = next(batches)
-            self.waited += time.perf_counter() - before
+            self.watchdog.step()
+            with meter.waiting():
+                batch, rejected = next(batches)
             self.count_rejected(rejected)
+            if step == start + 1:
+                self.watchdog.other()
+                with meter.pause():
+                    step_fn = step_fn.lower(state, batch).compile()
+                meter.program_bytes = program_bytes(step_fn)
+                self.watchdog.step()
+            self.profile.before(step)
             state, metrics = step_fn(state, batch)
+            self.profile.after(step, metrics)
             if pending is not None:  # one step late: the device is busy with the next by now
                 self.check(*pending)
             pending = (step, metrics)
-            last = step == config.steps
-            log = step % config.log_every == 0 or step == 1
-            evaluate = last or (config.evaluate_every and step % config.evaluate_every == 0)
-            save = last or (config.checkpoint_every and step % config.checkpoint_every == 0)
-            if log or evaluate or save:
-                values = self.check(*pending)
+            last, stop = step == config.steps, self.preemption.reached(step)
+            log = last or step % config.log_every == 0 or step == 1
+            unsaved |= self.due("checkpoint", step) or stop
+            if log or unsaved or self.due("evaluate", step):
+                values, skipped = self.check(*pending)
                 pending = None
-                if log or last:
-                    elapsed = time.perf_counter() - window_start
-                    examples = (step - window_step) * self.batch_size
-                    values |= {
-                        "examples_per_second": examples / elapsed,
-                        "data_wait_share": self.waited / elapsed,
-                        "rejected_records": float(self.rejected),
-                    }
-                    self.write(step, values)
-                    self.waited, window_step, window_start = 0.0, step, time.perf_counter()
-                paused = time.perf_counter()
-                if save:  # only after the check: the last checkpoint is always a good one
-                    self.checkpointer.save(state, step, self.metadata | {"step": step})
-                if evaluate:
-                    results = self.task.evaluate(state.params, state.model_state, self.mesh)
-                    if results:
-                        self.write(step, {f"evaluation/{name}": value for name, value in results.items()})
-                window_start += time.perf_counter() - paused  # speed is that of training alone
-            self.bar.update(1)
+                if log:
+                    counts = {"rejected_records": self.rejected, "failed_saves": self.checkpointer.failed}
+                    self.log.write(step, values | meter.figures(step) | counts)
+                if unsaved and (last or not skipped):  # only after the check: what is saved is always good
+                    self.save(state, step)
+                    unsaved = False
+                if self.due("evaluate", step) and not stop:
+                    self.evaluate(state, step)
+            self.log.progress()
+            if stop:
+                logging.warning("stopped at step %d of %d; the same command goes on from there", step, config.steps)
+                break
         return state
 
-    def check(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-        """A step's metrics on the host; raises TrainingError where loss or gradient is not finite."""
+    def due(self, what: str, step: int) -> bool:
+        """Whether `what`_every says so, or it is the last step."""
+        every = self.config[f"{what}_every"]
+        return step == self.config.steps or bool(every and step % every == 0)
+
+    def save(self, state: TrainState, step: int) -> None:
+        self.watchdog.other()
+        self.meter.lap()
+        with self.meter.pause():
+            self.checkpointer.save(state, step, self.metadata | {"step": step})
+            self.meter.goodput.saved(step, self.checkpointer.steps())
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        self.watchdog.other()
+        with self.meter.pause():
+            results = self.task.evaluate(state.params, state.model_state, self.mesh)
+            if results:
+                self.log.write(step, {f"evaluation/{name}": value for name, value in results.items()})
+
+    def check(self, step: int, metrics: Mapping[str, jax.Array]) -> tuple[dict[str, float], bool]:
+        """(a step's metrics on the host, whether its update was skipped).
+
+        Raises TrainingError where too many were, one after the other.
+        """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(values[name]):
+        in_a_row = int(values.pop("skipped_in_a_row"))
+        self.log.show_loss(values["loss"])
+        if in_a_row:
+            what = f"step {step}: loss {values['loss']:g}, gradient norm {values['gradient_norm']:g}"
+            logging.warning("%s: update skipped, %d in a row", what, in_a_row)
+            if in_a_row >= self.config.guard.stop_after:
                 self.checkpointer.wait()
                 kept = self.checkpointer.steps()
                 good = f"the last good checkpoint is {self.checkpointer.path(kept[-1])}" if kept else "none was saved"
-                raise TrainingError(f"step {step}: {name} is {values[name]}; training stopped, {good}")
-        self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
-        return values
+                raise TrainingError(f"{what}: {in_a_row} updates skipped in a row; training stopped, {good}")
+        return values, in_a_row > 0
 
     def count_rejected(self, rejected: int) -> None:
         """Raises TrainingError when the share of bad records among those drawn passes the limit."""
-        self.drawn += self.batch_size
+        self.drawn += self.meter.batch_size
         self.rejected += rejected
         limit = self.config.data.max_rejected_share
         if self.drawn >= 1000 and self.rejected > limit * self.drawn:
@@ -190,12 +243,6 @@ class _Run:
                 f"{self.rejected} of {self.drawn} records drawn were bad, more than data.max_rejected_share "
                 f"{limit:g}; the warnings above name them"
             )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        if self.writer is not None:
-            self.writer.write(step, values)
-            shown = "  ".join(f"{name.removeprefix('evaluation/')} {value:.4g}" for name, value in values.items())
-            tqdm.write(f"step {step:>6}  {shown}")
 
 
 def first_state(task: Task, create: Any, abstract: TrainState, shardings: TrainState, seed: int) -> TrainState:
@@ -217,7 +264,7 @@ def first_state(task: Task, create: Any, abstract: TrainState, shardings: TrainS
     for name, path in sources.items():
         where, item = checkpoint.latest(Path(path)), f"params.{name}"
         logging.info("%s: parameters from %s", name, where)
-        checkpoint.verify(where, [item])
+        checkpoint.verify(where, [item], together=True)
         read |= checkpoint.restore(where, {item: {name: abstract.params[name]}}, cast=True)[item]
         for collection, towers in abstract.model_state.items():
             if name in towers:  # BatchNorm statistics belong to the tower

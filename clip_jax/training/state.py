@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from clip_jax import sharding
 from clip_jax.errors import ConfigError
+from clip_jax.training.guard import Guard, judge, new_guard, select
 from clip_jax.training.task import Task
 
 PyTree = Any
@@ -32,6 +33,7 @@ class TrainState:
     frozen: PyTree
     model_state: PyTree
     opt_state: optax.OptState
+    guard: Guard | None = None  # of a run; None where there is none to count for
 
     @property
     def params(self) -> PyTree:
@@ -96,7 +98,8 @@ def create_fn(
         params, model_state = task.init(rng)
         check_patterns("frozen", frozen, leaf_paths(params))
         trainable, kept = partition(params, matches_any(frozen))
-        return TrainState(jnp.zeros((), jnp.int32), trainable, kept, model_state, optimizer.init(trainable))
+        step, opt_state = jnp.zeros((), jnp.int32), optimizer.init(trainable)
+        return TrainState(step, trainable, kept, model_state, opt_state, new_guard())
 
     return create
 
@@ -115,11 +118,12 @@ Batches = Mapping[str, Mapping[str, jax.Array]]  # stream → its batch
 Step = Callable[[TrainState, Batches], tuple[TrainState, Metrics]]
 
 
-def train_step_fn(task: Task, optimizer: optax.GradientTransformation, seed: int) -> Step:
+def train_step_fn(task: Task, optimizer: optax.GradientTransformation, seed: int, spike_factor: float = 0.0) -> Step:
     """The step, a pure function of state and batches: randomness is a function of (seed, step, stream).
 
     Gradients of the streams are accumulated with their weights, as Flamingo's were (arXiv 2204.14198 §2.4), or each
-    step is one stream's, in turn (`task.schedule` "round_robin", the paper's ablation).
+    step is one stream's, in turn (`task.schedule` "round_robin", the paper's ablation). An update that is not finite,
+    or a spike (`guard.judge`), is skipped; the step counts, its data are not seen again.
 
     Raises ConfigError for another schedule.
     """
@@ -155,14 +159,18 @@ def train_step_fn(task: Task, optimizer: optax.GradientTransformation, seed: int
                 (loss, (shown, model_state)), part = one(number, name, model_state)
                 total, gradients = total + loss, jax.tree.map(jnp.add, gradients, part)
                 metrics |= shown if len(weights) == 1 else {f"{name}/{k}": value for k, value in shown.items()}
+        norm = optax.tree.norm(gradients)
+        good, guard = judge(state.guard or new_guard(), total, norm, spike_factor)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         return replace(
             state,
             step=state.step + 1,
-            trainable=optax.apply_updates(state.trainable, updates),
-            model_state=model_state,
-            opt_state=opt_state,
-        ), metrics | {"loss": total, "gradient_norm": optax.tree.norm(gradients)}
+            trainable=select(good, optax.apply_updates(state.trainable, updates), state.trainable),
+            model_state=select(good, model_state, state.model_state),
+            opt_state=select(good, opt_state, state.opt_state),
+            guard=guard,
+        ), metrics | {"loss": total, "gradient_norm": norm,
+                      "skipped_updates": guard.skipped, "skipped_in_a_row": guard.in_a_row}  # fmt: skip
 
     return train_step
 

@@ -16,7 +16,7 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     config.log_every = 50
     config.evaluate_every = 5000  # 0: at the end only
     config.checkpoint_every = 1000
-    config.keep_checkpoints = 2
+    run_keys(config)
     config.evaluation_batch_size = 256
 
     config.loss = "softmax"  # or "sigmoid" (SigLIP)
@@ -61,6 +61,27 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     optimizer.agc = adaptive_clipping()
     optimizer.max_logit_scale = 100.0
     return config
+
+
+def run_keys(config: ml_collections.ConfigDict) -> None:
+    """How a run survives and is watched; with other values of these, but for `spike_factor`, it may be resumed."""
+    config.keep = 2  # newest checkpoints
+    config.keep_every = 0  # and those of every so many steps; 0: none
+    config.guard = ml_collections.ConfigDict(
+        {
+            "spike_factor": 0.0,  # skip updates whose gradient norm is so many times the running mean; 0: none
+            "stop_after": 10,  # skipped updates in a row
+        }
+    )
+    config.watchdog = ml_collections.ConfigDict(
+        {
+            "step_seconds": 900.0,  # that a step may take before the process ends; 0: any time
+            "other_seconds": 7200.0,  # the same of compiling, restoring, evaluating, the last save
+        }
+    )
+    config.profile = ml_collections.ConfigDict({"steps": ""})  # FIRST:LAST
+    config.plan = ""  # what launch.plan --json wrote, to compare with; by default plan.json in the workdir, if any
+    config.wandb = ml_collections.ConfigDict({"project": ""})  # Weights & Biases, too
 
 
 def data_set(source: str, batch_size: int, weight: float) -> ml_collections.ConfigDict:

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs.clip.common import adaptive_clipping
+from configs.clip.common import adaptive_clipping, run_keys
 from flamingo_jax.models.variants import get_language_model, get_variant
 
 
@@ -15,7 +15,7 @@ def run_config(task: str) -> ml_collections.ConfigDict:
     config.log_every = 50
     config.evaluate_every = 0  # 0: at the end only
     config.checkpoint_every = 1000
-    config.keep_checkpoints = 2
+    run_keys(config)
     config.mesh = ml_collections.ConfigDict({"replica": 1, "fsdp": -1, "tensor": 1})  # -1: all devices left
     config.sharding_rules = ()  # ((logical axis, mesh axis), …) instead of clip_jax.sharding.DEFAULT_RULES
     config.frozen = ()  # patterns of paths that are not trained; of several that match the last counts, "!" takes back

@@ -1,0 +1,116 @@
+"""Runs of several processes: the same figures, the same step to stop at, and nobody left waiting."""
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from line_task import LineTask, run
+from processes import Running, launch_train, start, start_several
+from test_flamingo_task import flags_of, runs  # noqa: F401  (a fixture)
+from test_surviving import facts, steps
+
+from clip_jax.training import checkpoint
+
+MESH = ("--config.mesh.replica=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=4")  # over all of the processes
+OTHER_MESH = ("--config.mesh.replica=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2")
+CLIP: tuple[str, ...] = ("--config=tests/multiprocess/tiny.py", "--config.evaluate_every=0")
+
+
+def slow_train() -> None:
+    """Gives signals the time to come between two steps."""
+    from clip_jax.training.preemption import Preemption
+
+    reached = Preemption.reached
+
+    def later(self: Preemption, step: int) -> bool:
+        time.sleep(0.4)
+        return reached(self, step)
+
+    Preemption.reached = later  # type: ignore[method-assign]
+    launch_train()
+
+
+def stop(running: list[Running]) -> int:
+    """SIGTERM to the last process after its first step, and again. All stop at the same step, which is returned."""
+    running[0].wait_for("gradient_norm")
+    for _ in range(2):
+        running[-1].send(signal.SIGTERM)
+    for process in running:
+        process.succeed()
+    (step,) = {int(step) for r in running for step in re.findall(r"stopped at step (\d+) of 12", r.text())}
+    return step
+
+
+def check(workdir: Path, whole: Path) -> None:
+    got, expected = facts(workdir), facts(whole)
+    assert len(got) == len(expected) > 10
+    for row, want in zip(got, expected, strict=True):
+        assert row.keys() == want.keys()
+        for key in want:
+            if "loss" in key or key in ("step", "gradient_norm"):
+                assert abs(row[key] - want[key]) <= 1e-5 * abs(want[key]), (key, row, want)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("family", ["clip", pytest.param("flamingo", marks=pytest.mark.slowest)])
+def test_a_run_moves_from_four_processes_to_two_and_to_one(
+    tmp_path: Path, request: pytest.FixtureRequest, family: str
+) -> None:
+    flags = CLIP
+    if family == "flamingo":
+        flags = ("--config=configs/flamingo/quickstart.py:debug", *flags_of(request.getfixturevalue("runs")),
+                 "--config.steps=12", "--config.evaluation.quick=0")  # fmt: skip
+    flags += ("--config.checkpoint_every=1", "--config.keep=100")
+    whole, moved, log = tmp_path / "whole", tmp_path / "moved", tmp_path / "log"
+    start(log, *flags, *OTHER_MESH, f"--workdir={whole}", devices=4).succeed()
+
+    flags += (f"--workdir={moved}",)
+    first = stop(start_several(4, log, *flags, *MESH, devices=1, main=slow_train))
+    assert steps(moved) == list(range(1, first + 1))
+    second = stop(start_several(2, log, *flags, *OTHER_MESH, devices=2, main=slow_train))
+    assert first < second < 12 and steps(moved)[-1] == second
+    start(log, *flags, devices=1).succeed()
+    check(moved, whole)
+
+    # Adam's first moment after one step is the gradient: of every parameter the same.
+    moments = [
+        {jax.tree_util.keystr(path): np.asarray(leaf)
+         for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.load(d / "checkpoints" / "00000001", "train"))
+         if "mu" in jax.tree_util.keystr(path)}
+        for d in (moved, whole)
+    ]  # fmt: skip
+    assert len(moments[1]) > 10
+    largest = max(np.abs(leaf).max() for leaf in moments[1].values())
+    for path, want in moments[1].items():
+        assert np.abs(moments[0][path] - want).max() <= 1e-5 * largest, path
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_a_process_that_died(tmp_path: Path) -> None:
+    both = start_several(2, tmp_path / "log", *CLIP, f"--workdir={tmp_path / 'run'}", devices=1, main=slow_train)
+    both[0].wait_for("gradient_norm")
+    both[1].send(signal.SIGKILL)
+    assert both[0].wait(seconds=60) not in (0, None)
+    assert both[1].wait() == -signal.SIGKILL
+
+
+def hang(workdir: str) -> None:
+    def spoil(step: int) -> float:
+        if step == 4:
+            time.sleep(1000)
+        return 1.0
+
+    run(Path(workdir), LineTask(spoil), watchdog__step_seconds=2.0)
+
+
+def test_a_run_that_hangs_is_ended_with_all_stacks(tmp_path: Path) -> None:
+    hung = start(tmp_path / "log", main=hang, arguments=[str(tmp_path / "run")])
+    assert hung.wait(seconds=120) == 1
+    assert "Timeout (0:00:02)!" in hung.text() and hung.text().count("Thread 0x") > 2
+    assert "loop.py" in hung.text() and "line_task.py" in hung.text()  # who waits, and for what
+    assert steps(tmp_path / "run")[-1:] in ([], [2])
