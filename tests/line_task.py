@@ -26,6 +26,8 @@ class LineTask:
     evaluation: with `evaluate_every` 1, that after step n.
     """
 
+    schedule = "accumulate"
+
     def __init__(
         self, spoil: Callable[[int], float] = lambda step: 1.0, during: Callable[[int], None] = lambda n: None
     ):
