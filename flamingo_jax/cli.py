@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     def talking(name: str, function: Any, text: str) -> argparse.ArgumentParser:
         one = command(name, function, text)
         one.add_argument("--model", required=True, metavar="SPEC", help=any_model)
+        one.add_argument("--int8", action="store_true", help="hold frozen weights in int8: a quarter of the memory")
         loading(one)
         return one
 
@@ -263,7 +264,7 @@ def speaker_of(arguments: argparse.Namespace, batch_size: int) -> Any:
     from flamingo_jax.speaker import Manner, Speaker
 
     mesh = sharding.make_mesh()
-    loaded = load(arguments.model, mesh=mesh, **load_options(arguments))
+    loaded = load(arguments.model, mesh=mesh, int8=arguments.int8, **load_options(arguments))
     if arguments.command == "score":
         return Speaker(loaded, mesh)
     grammar = begin(loaded.convention).grammar

@@ -1,7 +1,7 @@
 """A Flamingo by its name: model, parameters, preprocessing and tokenizer as one value."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from clip_jax.errors import CheckpointError, ConfigError, DataError
 from clip_jax.interop.mapping import Report
 from clip_jax.loading import check_finite, preprocess_of
 from clip_jax.training import checkpoint
+from flamingo_jax import adapters
 from flamingo_jax.data.batches import make_batch
 from flamingo_jax.data.conventions import Convention, open_convention
 from flamingo_jax.data.tokenizer import BOS, TextTokenizer, open_tokenizer
@@ -26,6 +27,7 @@ from flamingo_jax.interop import published
 from flamingo_jax.interop.imported import initial_variables
 from flamingo_jax.models.flamingo import Flamingo
 from flamingo_jax.models.variants import build_flamingo
+from flamingo_jax.quantization import quantize
 
 Batch = Mapping[str, Any]
 
@@ -90,6 +92,7 @@ def load(
     allow: Sequence[str] = (),
     allow_nan: bool = False,
     dtype: Any = None,
+    int8: bool = False,
     mesh: Mesh | None = None,
 ) -> Loaded:
     """A Flamingo, ready for prompts.
@@ -100,8 +103,11 @@ def load(
       tokenizer: its file or directory, where it is not beside the weights, or no longer where the run had it.
       dtype: what is computed in; by default what the checkpoint says, for published weights float32. Parameters
         keep the dtype they are stored in.
+      int8: whether the frozen parts are held in int8 (`flamingo_jax.quantization`), a quarter of float32's memory.
       mesh: over which parameters are sharded, by the default rules, on every process alike; by default they are
         on the first device.
+
+    A run's low-rank adapters are merged into what they adapt.
 
     The others are for published weights:
       language_model: what OpenFlamingo's checkpoint was trained around, `hf:DIR`; its tokenizer is read there, too.
@@ -125,13 +131,14 @@ def load(
                 f"{spec}: language_model, vision, norm_tokens, preprocess, allow and allow_nan are for published "
                 f"weights only ({', '.join(f'{kind}:PATH' for kind in published.KINDS)})"
             )
-        return _load_checkpoint(checkpoint.latest(Path(spec)), tokenizer, dtype, mesh)
+        loaded = _load_checkpoint(checkpoint.latest(Path(spec)), tokenizer, dtype, mesh)
+        return _in_int8(loaded) if int8 else loaded
     found = published.read(
         spec, language_model=language_model, vision=vision, norm_tokens=norm_tokens, preprocess=preprocess,
         tokenizer=tokenizer, allow=allow, allow_nan=allow_nan,
     )  # fmt: skip
     config = _with_dtype(found.model.config, dtype)
-    return Loaded(
+    loaded = Loaded(
         model=build_flamingo(config),
         params=sharding.put_tree(found.model.variables, _shardings(config, mesh)),
         tokenizer=found.tokenizer,
@@ -140,6 +147,12 @@ def load(
         metadata=published.metadata(found),
         report=found.model.whole_report,
     )
+    return _in_int8(loaded) if int8 else loaded
+
+
+def _in_int8(loaded: Loaded) -> Loaded:
+    params = quantize(loaded.params["params"], loaded.config)
+    return replace(loaded, params={**loaded.params, "params": params})
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
@@ -169,8 +182,10 @@ def _load_checkpoint(path: Path, tokenizer: str | Path | None, dtype: Any, mesh:
         about.get("convention", "flamingo"), words, config["language_model"]["vocab_size"],
         config.get("extra_tokens", 1),
     )  # fmt: skip
-    where = _shardings(config, mesh)
-    variables = {"params": checkpoint.load(path, "params", where and where["params"])}
+    where, adapted = _shardings(config, mesh), about.get("adapters")
+    parts = where and {**where["params"], adapters.NAME: sharding.replicated(mesh)}
+    params = checkpoint.load(path, "params", parts)
+    variables = {"params": adapters.merge(params, adapted["alpha"] / adapted["rank"]) if adapted else params}
     if (path / "state").is_dir():
         state = where and {key: value for key, value in where.items() if key != "params"}
         variables |= checkpoint.load(path, "state", state)

@@ -159,6 +159,31 @@ def test_our_own_run(our_run: Path, tmp_path: Path) -> None:
     assert commands.info(our_run)["source"] == "trained here"
 
 
+def test_adapters_are_merged_and_frozen_parts_may_be_in_int8(our_run: Path, tmp_path: Path) -> None:
+    """Of a run with low-rank adapters: the kernels are the sums, before they are held in int8."""
+    plain = flamingo_jax.load(our_run)
+    metadata = checkpoint.metadata(checkpoint.latest(our_run))
+    kernel = plain.params["params"]["language_model"]["blocks"]["query"]["kernel"]  # [layers, D, H, K]
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(*kernel.shape[:2], 2)).astype(np.float32)
+    b = rng.normal(size=(kernel.shape[0], 2, *kernel.shape[2:])).astype(np.float32)
+    factors = {"language_model": {"blocks": {"query": {"kernel": {"a": a, "b": b}}}}}
+    items = {f"params.{name}": {name: tree} for name, tree in {**plain.params["params"], "adapters": factors}.items()}
+    items |= {"state": {key: value for key, value in plain.params.items() if key != "params"}}
+    about = metadata["model"] | {"adapters": {"patterns": ["…"], "rank": 2, "alpha": 6.0}}
+    path = tmp_path / "checkpoints" / "00000004"
+    path.parent.mkdir()
+    checkpoint.write(path, items, metadata | {"model": about})
+
+    expected = kernel + 3 * np.einsum("ldr,lrhk->ldhk", a, b)
+    merged = flamingo_jax.load(tmp_path).params["params"]
+    assert "adapters" not in merged
+    np.testing.assert_allclose(merged["language_model"]["blocks"]["query"]["kernel"], expected, rtol=1e-4, atol=1e-4)
+    small = flamingo_jax.load(tmp_path, int8=True).params["params"]["language_model"]["blocks"]["query"]["kernel"]
+    assert small.qvalue.dtype == np.int8
+    np.testing.assert_allclose(small.qvalue * small.scale, expected, atol=float(np.abs(expected).max()) / 250)
+
+
 def test_over_a_mesh_each_device_holds_its_part(our_run: Path, tmp_path: Path) -> None:
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     ours = flamingo_jax.load(our_run)

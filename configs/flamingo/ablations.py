@@ -19,6 +19,8 @@ config is the table's baseline. Parameters (billions) and score (overall, 4 shot
     transformer      for the resampler                      model.resampler.kind=transformer       3.2   66.7
     next_0           texts attend the image before them     data.next_rate=0                       3.2   69.6
     next_1           texts attend the image after them      data.next_rate=1                       3.2   70.4
+    all_previous     texts attend all images before them    data.attend=all                        3.2   63.5
+    round_robin      a step for each data set in turn       data.schedule=round_robin              3.2   62.9
     clip_vit_l14     for the tower                          (model.vision)                         3.1   64.9
     nfnet_f0         for the tower                          (model.vision)                         2.9   62.7
     no_pages         pairs and clips alone                  (data.mixture)                         3.2   53.4
@@ -53,6 +55,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "transformer": {"model.resampler.kind": "transformer"},
     "next_0": {"data.next_rate": 0.0},
     "next_1": {"data.next_rate": 1.0},
+    "all_previous": {"data.attend": "all"},
+    "round_robin": {"data.schedule": "round_robin"},
     "clip_vit_l14": {},
     "nfnet_f0": {},
     "no_pages": {},
@@ -86,7 +90,7 @@ def baseline() -> ml_collections.ConfigDict:
     config.model.dtype = "bfloat16"
     config.model.remat = True
     config.data.next_rate = 0.5
-    config.data.mixture.pages = stream(images=5, frames=1, tokens=256, batch_size=256, weight=1.0)
-    config.data.mixture.pairs = stream(images=1, frames=1, tokens=32, batch_size=512, weight=0.2)
-    config.data.mixture.clips = stream(images=1, frames=8, tokens=32, batch_size=64, weight=0.03)
+    config.data.mixture.pages = stream(images=5, frames=1, tokens=256, batch_size=256, weight=1.0, kind="interleaved")
+    config.data.mixture.pairs = stream(images=1, frames=1, tokens=32, batch_size=512, weight=0.2, kind="pairs")
+    config.data.mixture.clips = stream(images=1, frames=8, tokens=32, batch_size=64, weight=0.03, kind="clips")
     return config
