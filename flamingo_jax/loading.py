@@ -183,7 +183,7 @@ def _load_checkpoint(path: Path, tokenizer: str | Path | None, dtype: Any, mesh:
         config.get("extra_tokens", 1),
     )  # fmt: skip
     where, adapted = _shardings(config, mesh), about.get("adapters")
-    parts = where and {**where["params"], adapters.NAME: sharding.replicated(mesh)}
+    parts = {**where["params"], adapters.NAME: sharding.replicated(mesh)} if mesh else None
     params = checkpoint.load(path, "params", parts)
     variables = {"params": adapters.merge(params, adapted["alpha"] / adapted["rank"]) if adapted else params}
     if (path / "state").is_dir():
