@@ -1,7 +1,8 @@
 """Flamingo-3B with one thing changed: the rows of the paper's ablation table (arXiv 2204.14198, table 3; v1, table 7).
 
     python -m launch.train --config configs/flamingo/ablations.py:vanilla --workdir runs/vanilla \\
-        --config.init.vision=RUN --config.init.language_model=RUN --config.data.tokenizer=FILE --config.data.train=DATA
+        --config.init.vision=RUN --config.init.language_model=RUN --config.data.tokenizer=FILE \\
+        --config.data.mixture.pages.source=json:FILE#FOLDER  (and .pairs, .clips)
     python -m launch.plan --config configs/flamingo/ablations.py:vanilla …
 
 A row is also one override of any other Flamingo's config: --config.model.cross_attention=vanilla. Without a row the

@@ -3,7 +3,9 @@
     python -m launch.plan --config configs/flamingo/flamingo_3b.py:pages --topology v5e:8x8
     python -m launch.train --config configs/flamingo/flamingo_3b.py --workdir runs/flamingo_3b \\
         --config.init.vision=runs/nfnet_f6_bert --config.init.language_model=path/to/checkpoint \\
-        --config.data.tokenizer=path/to/tokenizer.json --config.data.train=path/to/data
+        --config.data.tokenizer=path/to/tokenizer.json \\
+        --config.data.mixture.pages.source=json:pages.jsonl#images --config.data.mixture.pairs.source=tfds:path#train \\
+        --config.data.mixture.clips.source=json:clips.jsonl#videos
 
 What it takes, the first command says: of pages alone, on which pairs and clips come on top.
 `configs/flamingo/flamingo_3b.py:debug` takes seconds.

@@ -3,7 +3,9 @@
     python -m launch.plan --config configs/flamingo/flamingo_80b.py:pages --topology v5p:8x8x8
     python -m launch.train --config configs/flamingo/flamingo_80b.py --workdir runs/flamingo_80b \\
         --config.init.vision=runs/nfnet_f6_bert --config.init.language_model=path/to/checkpoint \\
-        --config.data.tokenizer=path/to/tokenizer.json --config.data.train=path/to/data
+        --config.data.tokenizer=path/to/tokenizer.json \\
+        --config.data.mixture.pages.source=json:pages.jsonl#images --config.data.mixture.pairs.source=tfds:path#train \\
+        --config.data.mixture.clips.source=json:clips.jsonl#videos
 
 Cost by the plan, of pages alone, at best: 2,048 a step on 512 v5p chips take 13.9 GiB on each and 1.36 s, for 500,000
 steps 8 days and $406,000. 512 a step on 256 v5e chips (`--topology v5e:16x16 --config.mesh.tensor=8
