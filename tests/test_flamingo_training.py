@@ -22,6 +22,7 @@ from clip_jax.errors import CheckpointError, ConfigError, DataError
 from clip_jax.models.variants import get_variant as get_clip
 from clip_jax.training import checkpoint
 from clip_jax.training import state as train_state
+from clip_jax.training.guard import new_guard
 from clip_jax.training.loop import train
 from clip_jax.training.metrics import read_metrics
 from configs.flamingo import instruct
@@ -112,7 +113,9 @@ def test_a_mixtures_losses_and_gradients_are_the_weighted_sums(shape: Mapping[st
     with sharding.use_mesh(mesh), jax.default_matmul_precision("highest"):
         create = train_state.create_fn(task, sgd, task.config.frozen)
         _, placed = train_state.abstract_state(create, mesh, sharding.DEFAULT_RULES)
-        state = train_state.TrainState(jnp.zeros((), jnp.int32), trainable, frozen, {}, sgd.init(trainable))
+        state = train_state.TrainState(
+            jnp.zeros((), jnp.int32), trainable, frozen, {}, sgd.init(trainable), new_guard()
+        )
         state = jax.device_put(jax.tree.map(jnp.copy, state), placed)
         step = train_state.jit_train_step(train_state.train_step_fn(task, sgd, 0), placed, mesh)
         after, metrics = step(state, jax.device_put(batches, sharding.batch_sharding(mesh)))

@@ -113,7 +113,10 @@ def test_a_checkpoint_of_values_that_are_no_numbers(model: str, picture: Path, t
 
 
 def test_an_import_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    wait = published.Checkpointer.wait
+
+    def full(checkpointer: published.Checkpointer) -> None:
+        wait(checkpointer)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(published.Checkpointer, "wait", full)
