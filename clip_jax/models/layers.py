@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from clip_jax.errors import ConfigError
+from clip_jax.sharding import mesh_axes
 
 Array = jax.Array
 Dtype = Any
@@ -74,10 +75,12 @@ def layer_norm(name: str | None, dtype: Dtype, epsilon: float = 1e-5, use_bias: 
 def look_up(table_VxD: Array, ids_BxL: Array, dtype: Dtype) -> Array:
     """The rows of a table that ids name, [B, L, D].
 
-    The table is used in its whole width: looked up in one that is cut along it, or its gradient summed into one, the
-    rows of the whole batch are put together on every device.
+    On a mesh of one axis XLA gathers all ids, looks them up in each device's part of the table's width, and changes
+    parts for examples. On one of several it would put the rows of the whole batch together on every device, and so in
+    the gradient: there the table is used in its whole width, which takes more memory.
     """
-    table_VxD = nn.with_logical_constraint(table_VxD, ("vocab", "residual"))
+    if mesh_axes() > 1:
+        table_VxD = nn.with_logical_constraint(table_VxD, ("vocab", "residual"))
     return nn.with_logical_constraint(table_VxD[ids_BxL].astype(dtype), RESIDUAL)
 
 
