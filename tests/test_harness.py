@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -143,12 +143,17 @@ class Parrot:
     def __init__(self, records: Sequence[Record]):
         self.right = {(record.image, record.question or None): record.targets[0] for record in records}
         self.asked: list[tuple[int, int]] = []
+        self.room = 33  # examples in a prompt
 
     def describe(self) -> dict[str, Any]:
         return {"spec": "parrot"}
 
     def show(self, prompt: Prompt) -> str:
         return "".join(f"{'<image>' if e.image else ''}{e.question or ''}:{e.answer};" for e in prompt[:-1])
+
+    def check(self, prompts: Sequence[Prompt], new_tokens: int, answers: Sequence[str] = ()) -> None:
+        if max(map(len, prompts)) > self.room:
+            raise ConfigError("too long")
 
     def say(self, prompts: Sequence[Prompt], *, new_tokens: int, beams: int) -> list[str]:
         self.asked.append((new_tokens, beams))
@@ -257,6 +262,14 @@ def test_what_does_not_fit_is_refused() -> None:
                            ({"shots": (-1,)}, "none below 0"), ({"beams": 0}, "beams, permutations ≥ 1")):  # fmt: skip
         with pytest.raises(ConfigError, match=line):
             Settings(**settings)
+
+
+def test_what_the_last_condition_lacks_is_said_before_the_first(tmp_path: Path) -> None:
+    for shots, line in ((41, "41 shots; the support set has 40"), (34, "too long")):
+        found = evaluation("vqa", shots=(0, shots))
+        with pytest.raises((ConfigError, DataError), match=line):
+            evaluate_to(found, tmp_path)
+        assert not cast(Parrot, found.model).asked and not list(tmp_path.iterdir())
 
 
 def test_a_stopped_evaluation_goes_on_and_another_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

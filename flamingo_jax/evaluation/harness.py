@@ -55,6 +55,9 @@ class Model(Protocol):
     def show(self, prompt: Prompt) -> str:
         """A prompt as the text that the model reads."""
 
+    def check(self, prompts: Sequence[Prompt], new_tokens: int, answers: Sequence[str] = ()) -> None:
+        """Raises ConfigError where it has no room for them and so many tokens, or one of the answers."""
+
     def say(self, prompts: Sequence[Prompt], *, new_tokens: int, beams: int) -> list[str]:
         """What it goes on with after each prompt, up to the end of the chunk."""
 
@@ -178,15 +181,30 @@ class Evaluation:
     def _new_tokens(self) -> int:
         return self.settings.new_tokens or NEW_TOKENS.get(self.benchmark.kind, 0)
 
-    def run(self, condition: Condition) -> dict[str, Any]:
-        """Figures, and of each record the shots, prompts and raw outputs."""
-        benchmark, queries = self.benchmark, self.queries()
+    def check(self) -> None:
+        """Raises, before anything is computed, what a condition would: too few examples for its shots (DataError), or
+        prompts that the model has no room for (ConfigError).
+        """
+        answers = self.benchmark.classes if self.benchmark.kind == CLASSIFICATION else ()
+        for condition in self.settings.conditions():
+            _, _, asked, shots = self._put(condition)
+            prompts = [[*before, query] for before, query in zip(shots, asked, strict=True)]
+            self.model.check(prompts, self._new_tokens(), answers)
+
+    def _put(self, condition: Condition) -> tuple[list[Record], list[list[Record]], list[Example], list[Prompt]]:
+        """(the queries, each one's shots), and both as they stand in the prompts."""
+        queries = self.queries()
         support = draw(self.support.records, self.settings.support_count, condition.seed)
         select = Selector([record.image for record in support], condition.seed, self.embeddings)
-        chosen = [select(i, query.image, condition.shots) for i, query in enumerate(queries)]
-        asked = [example_of(query, benchmark) for query in queries]
-        shots: list[Prompt] = [[example_of(support[j], self.support) for j in some] for some in chosen]
-        asked, shots = with_images(asked, shots, condition)
+        chosen = [[support[j] for j in select(i, q.image, condition.shots)] for i, q in enumerate(queries)]
+        asked = [example_of(query, self.benchmark) for query in queries]
+        shots: list[Prompt] = [[example_of(shot, self.support) for shot in some] for some in chosen]
+        return queries, chosen, *with_images(asked, shots, condition)
+
+    def run(self, condition: Condition) -> dict[str, Any]:
+        """Figures, and of each record the shots, prompts and raw outputs."""
+        benchmark = self.benchmark
+        queries, chosen, asked, shots = self._put(condition)
         examples: list[dict[str, Any]] = [
             {
                 "key": query.key,
@@ -194,7 +212,7 @@ class Evaluation:
                 "question": query.question,
                 "targets": list(query.targets),
                 "group": query.group,
-                "shots": [support[j].key for j in some],
+                "shots": [shot.key for shot in some],
             }
             for query, some in zip(queries, chosen, strict=True)
         ]

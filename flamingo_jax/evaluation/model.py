@@ -58,6 +58,9 @@ class FlamingoModel:
     def show(self, prompt: Prompt) -> str:
         return str(self._written(prompt, self._blank_at))
 
+    def check(self, prompts: Sequence[Prompt], new_tokens: int, answers: Sequence[str] = ()) -> None:
+        self._shape(prompts, self._continuations(prompts[0], answers)[0].shape[1] if answers else new_tokens)
+
     def say(self, prompts: Sequence[Prompt], *, new_tokens: int, beams: int) -> list[str]:
         def generate(batch: Mapping[str, jax.Array]) -> jax.Array:
             return decoding.generate(
@@ -69,17 +72,22 @@ class FlamingoModel:
         return [self._loaded.tokenizer.decode(self._until_stop(row)) for row in rows.tolist()]
 
     def log_likelihoods(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray:
-        # Where a tokenizer joins the prompt's last letters with the answer's first ones, all count from there.
-        asked = self._ids(prompts[0])
-        whole = [self._ids(prompts[0], answer) for answer in answers]
-        same = min(_shared(asked, ids) for ids in whole)
-        cut = same - len(asked)
-        continuations, mask = decoding.pad_continuations([ids[same:] for ids in whole])
+        continuations, mask, cut = self._continuations(prompts[0], answers)
 
         def score(batch: Mapping[str, jax.Array]) -> jax.Array:
             return decoding.score(self._loaded.model, self._variables, batch, continuations, mask)
 
         return self._map(score, prompts, continuations.shape[1], cut).astype(np.float64)
+
+    def _continuations(self, prompt: Prompt, answers: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
+        """(ids [N, L], which of them are real, how many of a prompt's last tokens they stand in for, below 0).
+
+        Where a tokenizer joins the prompt's last letters with an answer's first ones, all count from there.
+        """
+        asked = self._ids(prompt)
+        whole = [self._ids(prompt, answer) for answer in answers]
+        same = min(_shared(asked, ids) for ids in whole)
+        return *decoding.pad_continuations([ids[same:] for ids in whole]), same - len(asked)
 
     def _written(self, prompt: Prompt, see: Callable[[Path], Media], answer: str | None = None) -> written.Prompt:
         found = written.begin(self._loaded.convention, question=prompt[-1].template or None)

@@ -47,6 +47,7 @@ def evaluate_to(evaluation: Evaluation, output: Path) -> dict[str, Any]:
     plan = json.loads(json.dumps(evaluation.plan()))
     path = output / "results.json"
     parts = path.with_name(path.name + ".parts")
+    evaluation.check()
     conditions = evaluation.settings.conditions()
     writes = jax.process_index() == 0
     if writes:
