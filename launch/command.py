@@ -4,6 +4,7 @@ import ast
 import difflib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -119,6 +120,10 @@ def set_up() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("absl", "jax", "orbax", "etils", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if devices := re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
+        # XLA's pool of threads on a CPU: a collective blocks one on every device, and with only as many as devices two
+        # collectives can wait for each other for ever.
+        os.environ.setdefault("NPROC", str(4 * int(devices[1])))
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     cluster.initialize()

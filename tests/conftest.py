@@ -8,12 +8,15 @@ CACHE = ROOT / ".cache" / "jax"
 DEVICES = 8
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# A collective blocks a thread of XLA's pool on every device: with as many threads as cores or devices, two at a time
+# can wait for each other for ever.
+os.environ["NPROC"] = str(4 * DEVICES)
 # 8 devices on 2 cores can starve a collective of the time it is given by default. Most of the suite's time is
 # compilation, of programs that run for milliseconds: LLVM is not asked to polish them (XLA's own passes all run).
 os.environ["XLA_FLAGS"] = " ".join(
     [
         f"--xla_force_host_platform_device_count={DEVICES}",
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
         "--xla_backend_optimization_level=0",
     ]
 )
