@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
 
     weights = "idefics:DIR or open_flamingo:CHECKPOINT.pt"
     one = command("import", import_command, "Turns published weights into a checkpoint of this project.")
-    one.add_argument("model", help=weights)
+    one.add_argument("model", help=f"{weights}, or hf:DIR, a language model alone, for a Flamingo to freeze")
     one.add_argument("workdir", type=Path, help="a new directory")
     loading(one)
     one = command("export", export_command, "Writes a model as others' libraries read it.")
@@ -224,8 +224,14 @@ def chat_command(arguments: argparse.Namespace) -> None:
 
 
 def import_command(arguments: argparse.Namespace) -> None:
-    from flamingo_jax.interop.commands import import_model
+    from flamingo_jax.interop.commands import import_language_model, import_model
 
+    kind, _, directory = arguments.model.partition(":")
+    if kind == "hf":
+        checkpoint, report = import_language_model(directory, arguments.workdir, allow=arguments.allow)
+        print(f"{arguments.model}: {report.summary()}")
+        print(f"wrote {checkpoint} and its tokenizer.json")
+        return
     checkpoint, found = import_model(arguments.model, arguments.workdir, **load_options(arguments))
     print(f"{arguments.model}: {found.model.whole_report.summary()}")
     print(f"wrote {checkpoint}")

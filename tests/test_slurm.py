@@ -127,7 +127,7 @@ def test_a_job_is_stopped_before_its_time_and_goes_on(slurm: dict[str, str], tmp
     program, log = tmp_path / "program.py", tmp_path / "job.log"
     program.write_text(PROGRAM)
     environ = {key: value for key, value in slurm.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    options = ["--ntasks-per-node=2", "--overcommit", "--signal=B:USR1@60", "--time=2", f"--output={log}"]
+    options = ["--ntasks-per-node=2", "--overcommit", "--signal=B:USR1@60", "--time=12", f"--output={log}"]
     submitted = subprocess.run(
         ["sbatch", "--parsable", *options, "launch/slurm.sh", sys.executable, program, tmp_path],
         cwd=ROOT, env=environ, capture_output=True, text=True,
@@ -138,7 +138,7 @@ def test_a_job_is_stopped_before_its_time_and_goes_on(slurm: dict[str, str], tmp
     def shown() -> str:
         return subprocess.run(["scontrol", "show", "job", job], env=environ, capture_output=True, text=True).stdout
 
-    wait_for("both processes", lambda: all((tmp_path / f"{i}.ready").exists() for i in (0, 1)), 90)
+    wait_for("both processes", lambda: all((tmp_path / f"{i}.ready").exists() for i in (0, 1)), 300)
     for i in (0, 1):
         assert json.loads((tmp_path / f"{i}.json").read_text()) == {"processes": 2, "total": 2}
         (tmp_path / f"{i}.json").unlink()
@@ -147,7 +147,7 @@ def test_a_job_is_stopped_before_its_time_and_goes_on(slurm: dict[str, str], tmp
     wait_for("the queue", lambda: "JobState=PENDING" in shown())
     hurry = ["scontrol", "update", f"JobId={job}", "StartTime=now"]  # it would begin in two minutes
     subprocess.run(hurry, env=environ, check=True)
-    wait_for("the second run", lambda: all((tmp_path / f"{i}.json").exists() for i in (0, 1)), 90)
+    wait_for("the second run", lambda: all((tmp_path / f"{i}.json").exists() for i in (0, 1)), 300)
     assert "stopped before its last step: queued again" in log.read_text()
     wait_for("the end", lambda: "JobState=COMPLETED" in shown())
     assert "Restarts=1" in shown()

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CACHE, ROOT
+from conftest import DEVICES, ROOT
 
 CONFIG = "configs/clip/quickstart.py:debug"
 STEPS = 12
@@ -18,8 +18,7 @@ MESH_OF_8 = ("--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.t
 
 
 def environment(devices: int) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_collective_call_terminate_timeout_seconds=300"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
+    return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace(f"count={DEVICES}", f"count={devices}")}
 
 
 def command(workdir: Path, *flags: str, config: str = CONFIG) -> list[str]:

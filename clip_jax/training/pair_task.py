@@ -123,16 +123,21 @@ class PairTask(ABC):
         return params, state
 
     def sources(self) -> Mapping[str, str]:
-        """Where towers come from that are not initialised; what their checkpoints say is compared with the config."""
-        found = {name: path for name, path in self.config.init.items() if path}
+        """Where towers come from that are not initialised; what their checkpoints say is compared with the config.
+
+        `init.clip` gives all of them and the temperature; the others replace their parts.
+        """
+        init = {name: path for name, path in self.config.init.items() if path}
         params, _ = jax.eval_shape(self.init, jax.random.key(0))
+        whole = init.pop("clip", "")
+        found = (dict.fromkeys(params, whole) if whole else {}) | init
         for name in locked_towers(*partition(params, matches_any(self.config.frozen))):
             if name in self.config.init and name not in found:
                 raise ConfigError(f"init.{name} is empty, and the tower is frozen: name what it is taken from")
         if "vision" in found:
-            check_vision(self.config)
+            check_vision(self.config, found["vision"])
         if "text" in found:
-            check_text(self.config, self.tokenizer)
+            check_text(self.config, found["text"], self.tokenizer)
         return found
 
     def outputs(

@@ -29,14 +29,14 @@ def compare(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], but: 
             raise ConfigError(f"{what}: {key} is {a!r} in the checkpoint; this config expects {b!r}")
 
 
-def check_vision(config: ml_collections.ConfigDict) -> None:
-    """Compares the tower that `config.init.vision` names with the config: its sizes, activation, preprocessing.
+def check_vision(config: ml_collections.ConfigDict, path: str) -> None:
+    """Compares the tower of the run or checkpoint at `path` with the config: its sizes, activation, preprocessing.
 
     Raises ConfigError for the first difference and where there is no such tower; CheckpointError where there is
     no checkpoint.
     """
     model, data = config.model, config.data
-    theirs = _their_model("vision", config.init.vision)
+    theirs = _their_model("vision", path)
     ours = {"embed_dim": model.embed_dim, "activation": model.activation}
     compare("init.vision", {key: theirs[key] for key in ours}, ours)
     compare("init.vision", {"kind": theirs["towers"]["vision"]["kind"]}, {"kind": model.vision.kind})
@@ -46,10 +46,10 @@ def check_vision(config: ml_collections.ConfigDict) -> None:
     compare("init.vision", {key: theirs["preprocess"][key] for key in preprocess}, preprocess)
 
 
-def check_text(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> None:
-    """The same for `config.init.text`: its sizes, activation and tokenizer."""
+def check_text(config: ml_collections.ConfigDict, path: str, tokenizer: Tokenizer) -> None:
+    """The same of a text tower: its sizes, activation and tokenizer."""
     model = config.model
-    theirs = _their_model("text", config.init.text)
+    theirs = _their_model("text", path)
     ours = {"embed_dim": model.embed_dim, "activation": model.activation}
     compare("init.text", {key: theirs[key] for key in ours}, ours)
     kind = model.text.get("kind", "gpt")

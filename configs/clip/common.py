@@ -23,7 +23,9 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     config.label_smoothing = 0.0  # softmax only
     config.model = get_variant(variant)
     config.frozen = ()  # patterns of paths that are not trained: ("vision/.*",)
-    config.init = ml_collections.ConfigDict({"vision": "", "text": ""})  # a workdir or checkpoint to start from
+    config.init = ml_collections.ConfigDict(
+        {"vision": "", "text": "", "clip": ""}
+    )  # workdirs or checkpoints to start from
     config.mesh = ml_collections.ConfigDict({"replica": 1, "fsdp": -1, "tensor": 1})  # -1: all devices left
     config.sharding_rules = ()  # ((logical axis, mesh axis), …) instead of clip_jax.sharding.DEFAULT_RULES
 
@@ -60,6 +62,15 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     optimizer.clip_norm = 1.0  # of the global norm; 0: none
     optimizer.agc = adaptive_clipping()
     optimizer.max_logit_scale = 100.0
+    return config
+
+
+def released(variant: str) -> ml_collections.ConfigDict:
+    """OpenAI's way to train one of their models, in bfloat16, on pairs of your own: appendix F, without the data."""
+    config = clip_config(variant)
+    config.data.tokenizer = "openai"
+    config.data.templates = "openai80"
+    config.model.dtype = "bfloat16"
     return config
 
 
@@ -112,7 +123,7 @@ def emoji_data(config: ml_collections.ConfigDict) -> None:
 def baseline(config: ml_collections.ConfigDict, task: str) -> ml_collections.ConfigDict:
     """The same tower, data and budget with another objective: what CLIP's figure 2 compares."""
     config.task = task
-    del config.loss, config.label_smoothing, config.init.text
+    del config.loss, config.label_smoothing, config.init.text, config.init.clip
     return config
 
 

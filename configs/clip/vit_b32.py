@@ -2,7 +2,7 @@
 
     python -m launch.plan --config configs/clip/vit_b32.py --topology v5e:2x4
     python -m launch.train --config configs/clip/vit_b32.py --workdir runs/vit_b32 \\
-        --config.data.train=tfds:path/to/pairs/1.0.0#train
+        --config.data.train="tar:laion400m/{00000..41407}.tar"
 
 The smallest ViT of arXiv 2103.00020. As it is, it fits on 8 v5e chips: each embeds its 4,096 pairs in 32 parts, which
 costs a third more operations; on more chips take fewer parts. `configs/clip/vit_b32.py:debug` takes seconds on a CPU,
@@ -11,14 +11,11 @@ on the embedded emoji.
 
 import ml_collections
 
-from configs.clip.common import clip_config, debug, emoji_data
+from configs.clip.common import debug, emoji_data, released
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    config = clip_config("ViT-B/32")
-    config.data.tokenizer = "openai"
-    config.data.templates = "openai80"
-    config.model.dtype = "bfloat16"
+    config = released("ViT-B/32")
     config.micro_batches = 32
     if arg == "debug":
         config.micro_batches = 1

@@ -2,7 +2,7 @@
 
     python -m launch.plan --config configs/clip/vit_l14_336.py --topology v5p:4x4x8
     python -m launch.train --config configs/clip/vit_l14_336.py --workdir runs/vit_l14_336 \\
-        --config.data.train=tfds:path/to/pairs/1.0.0#train
+        --config.data.train="tar:laion400m/{00000..41407}.tar"
 
 The largest model of arXiv 2103.00020; there it saw 336 pixels in its last epoch only, and 224 before. As it is, it fits
 on 128 v5p chips (28 of 96 GiB each) and on 256 v5e chips (14.3 of 15.75 GiB each), keeping no more than each block's
@@ -11,14 +11,11 @@ input. `configs/clip/vit_l14_336.py:debug` takes seconds on a CPU, on the embedd
 
 import ml_collections
 
-from configs.clip.common import clip_config, debug, emoji_data
+from configs.clip.common import debug, emoji_data, released
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    config = clip_config("ViT-L/14@336")
-    config.data.tokenizer = "openai"
-    config.data.templates = "openai80"
-    config.model.dtype = "bfloat16"
+    config = released("ViT-L/14@336")
     config.model.vision.remat = config.model.text.remat = "full"
     if arg == "debug":
         emoji_data(config)

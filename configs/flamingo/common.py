@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from clip_jax.data.preprocess import MEAN, STD
+from clip_jax.models import variants as clip_variants
 from configs.clip.common import adaptive_clipping, run_keys
 from flamingo_jax.models.variants import get_language_model, get_variant
 
@@ -92,6 +94,53 @@ def paper(variant: str, pages: int, arg: str = "") -> ml_collections.ConfigDict:
         config.data.mixture.clips = stream(
             images=1, frames=8, tokens=32, batch_size=pages // 4, weight=0.03, kind="clips"
         )
+    return debug(config) if arg == "debug" else config
+
+
+def replica(variant: str, images: int, bos: str, arg: str = "") -> ml_collections.ConfigDict:
+    """A config for one of the paper's open replicas: MMC4's pages with so many images, LAION's pairs.
+
+    Batches, weights, rates and length are those of OpenFlamingo's published training command: 60 million pages and
+    120 million pairs (arXiv 2308.01390). Of the language model's embeddings the added tokens' are trained.
+    """
+    config = flamingo_config(variant)
+    config.frozen_dtype = "bfloat16"
+    config.model.dtype = "bfloat16"
+    config.model.remat = True
+    config.steps = 58594
+    config.optimizer.warmup_steps = 1875
+    config.data.mean, config.data.std = MEAN, STD
+    config.data.bos = bos
+    config.data.mixture.pages = stream(images=images, frames=1, tokens=256, batch_size=1024, weight=1.0, kind="mmc4")
+    config.data.mixture.pairs = stream(images=1, frames=1, tokens=32, batch_size=2048, weight=0.2, kind="pairs")
+    return debug(config) if arg == "debug" else config
+
+
+def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same config, its modules as they are but small, for a run of seconds on a CPU on the embedded emoji.
+
+    Needs `init.vision`, of a run of a CLIP config's debug, and `init.language_model` as small as this one's.
+    """
+    small, model = get_variant("debug"), config.model
+    tower = clip_variants.get_variant("debug-ViT" if model.vision.kind == "vit" else "debug-NFNet")
+    model.vision.update(tower.vision)
+    model.embed_dim, model.activation = tower.embed_dim, tower.activation
+    for key in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):
+        model.language_model[key] = small.language_model[key]
+    model.language_model.layers = max(model.language_model.layers, model.first_block + 1)
+    model.heads, model.head_size = small.heads, small.head_size
+    if model.gated.mlp_width:
+        model.gated.mlp_width = small.language_model.mlp_width
+    for key in ("width", "layers", "heads", "head_size", "latents"):
+        model.resampler[key] = small.resampler[key]
+    config.steps = 2
+    config.log_every, config.checkpoint_every, config.optimizer.warmup_steps = 1, 2, 1
+    emoji_data(config)
+    config.data.mean = config.data.std = (0.5, 0.5, 0.5)
+    config.data.tokenizer, config.data.bos = "wordnet/tokenizer.json", "<|bos|>"
+    for part in config.data.mixture.values():
+        part.update(dict(kind="emoji", batch_size=8, tokens=min(part.tokens, 48), frames=min(part.frames, 2)))
+    config.evaluation.quick = 0
     return config
 
 

@@ -16,12 +16,10 @@ on top. `configs/flamingo/flamingo_80b.py:debug` takes seconds.
 import ml_collections
 
 from configs.flamingo.common import paper
-from configs.flamingo.quickstart import get_config as quickstart
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    if arg == "debug":
-        return quickstart(arg)
     config = paper("Flamingo-80B", pages=2048, arg=arg)
-    config.mesh.tensor = 4
+    if arg != "debug":
+        config.mesh.tensor = 4
     return config

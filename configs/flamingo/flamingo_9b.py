@@ -14,10 +14,7 @@ What it takes, the first command says: of pages alone, on which pairs and clips 
 import ml_collections
 
 from configs.flamingo.common import paper
-from configs.flamingo.quickstart import get_config as quickstart
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    if arg == "debug":
-        return quickstart(arg)
     return paper("Flamingo-9B", pages=512, arg=arg)

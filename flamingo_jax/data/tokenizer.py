@@ -100,9 +100,9 @@ def open_tokenizer(path: str | Path, bos: str | None = BOS, pad: str | None = No
 
     Raises DataError, naming the file, where it is missing, is none, or has no token `bos` or `pad`.
     """
-    path = Path(path) if Path(path).exists() else ASSETS / path
+    path = given if (given := Path(path)).exists() else ASSETS / path
     if not path.is_file():
-        raise DataError(f"{path}: not found; expected a tokenizer.json")
+        raise DataError(f"{given}: not found; expected a tokenizer.json")
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # what the library raises is a bare Exception

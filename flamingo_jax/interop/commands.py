@@ -3,17 +3,20 @@ model is.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from clip_jax.errors import ConfigError
-from flamingo_jax.interop import published
+from clip_jax.interop.mapping import Report
+from flamingo_jax.data.tokenizer import open_tokenizer
+from flamingo_jax.interop import huggingface, published
 from flamingo_jax.interop.idefics import write_idefics
 from flamingo_jax.interop.open_flamingo import write_open_flamingo
 from flamingo_jax.loading import Loaded, load
+from flamingo_jax.training.language_model_task import check_vocabulary
 
 
 def import_model(spec: str, workdir: str | Path, **options: Any) -> tuple[Path, published.Published]:
@@ -32,6 +35,34 @@ def import_model(spec: str, workdir: str | Path, **options: Any) -> tuple[Path, 
         raise ConfigError(f"{spec}: expected one of {', '.join(f'{kind}:PATH' for kind in published.KINDS)}")
     found = published.read(spec, **options)
     return published.save(found, Path(workdir)), found
+
+
+def import_language_model(
+    directory: str | Path, workdir: str | Path, *, allow: Sequence[str] = ()
+) -> tuple[Path, Report]:
+    """Writes a language model of a Hugging Face directory, with its tokenizer.json, as checkpoint 0 of a new workdir.
+
+    A Flamingo is trained on it by `config.init.language_model`, with the checkpoint's tokenizer.json as
+    `config.data.tokenizer`. Weights keep the dtype that they are stored in.
+
+    Returns:
+      The checkpoint's path, and what became of every tensor.
+
+    Raises as `flamingo_jax.interop.huggingface.read` does; ConfigError where `workdir` is not empty, DataError where
+    the tokenizer is missing or no such file.
+    """
+    directory, workdir = Path(directory), Path(workdir)
+    tokenizer = open_tokenizer(directory / published.TOKENIZER, bos=None)
+    found = huggingface.read(directory, allow=allow)
+    check_vocabulary(tokenizer, str(directory / published.TOKENIZER), found.spec.vocab_size)
+    model = {
+        "family": "language_model",
+        "language_model": found.fields,
+        "tokenizer": {"file": published.TOKENIZER, "sha256": tokenizer.digest()},
+    }
+    metadata = {"model": model, "step": 0, "config": {"source": f"hf:{directory}", "family": found.family}}
+    items = {"params.language_model": {"language_model": found.params}}
+    return published.write(workdir, items, metadata, tokenizer.canonical()), found.report
 
 
 def export_model(spec: str | Path, format: str, path: str | Path, **options: Any) -> list[Path]:

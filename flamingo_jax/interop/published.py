@@ -14,6 +14,7 @@ from flamingo_jax.interop.imported import ImportedFlamingo
 from flamingo_jax.interop.open_flamingo import read_open_flamingo
 
 KINDS = ("idefics", "open_flamingo")
+PyTree = Any
 TOKENIZER = "tokenizer.json"  # in a checkpoint
 
 
@@ -109,20 +110,21 @@ def save(published: Published, workdir: Path) -> Path:
 
     Raises ConfigError where there is something already.
     """
-    if workdir.exists() and any(workdir.iterdir()):
-        raise ConfigError(f"{workdir}: not empty; name a new directory")
     variables = dict(published.model.variables)
     items = {f"params.{name}": {name: tree} for name, tree in variables.pop("params").items()}
+    items |= {"state": variables} if variables else {}
+    return write(workdir, items, metadata(published) | {"step": 0}, published.tokenizer.canonical())
+
+
+def write(workdir: Path, items: Mapping[str, PyTree], metadata: Mapping[str, Any], tokenizer: str) -> Path:
+    """The same of what `clip_jax.training.checkpoint.write` takes, and of a tokenizer.json's text."""
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ConfigError(f"{workdir}: not empty; name a new directory")
     path = workdir / "checkpoints" / f"{0:08d}"
     made = not workdir.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        checkpoint.write(
-            path,
-            items | ({"state": variables} if variables else {}),
-            metadata(published) | {"step": 0},
-            {TOKENIZER: published.tokenizer.canonical()},
-        )
+        checkpoint.write(path, items, metadata, {TOKENIZER: tokenizer})
     except BaseException:
         path.parent.rmdir()
         if made:

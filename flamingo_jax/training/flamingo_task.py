@@ -112,7 +112,7 @@ class FlamingoTask:
                 family = described[name].get("family", "foreign")
                 raise ConfigError(f"init.{name}={init[name]}: a {family} checkpoint, without a {what}")
         if "vision" in init:
-            check_vision(self.config)
+            check_vision(self.config, init["vision"])
         if "language_model" in init:
             self._check_language_model(described["language_model"])
         if "resampler" in init:

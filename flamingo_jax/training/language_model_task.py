@@ -27,6 +27,7 @@ from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.variants import build_language_model
 
 PyTree = Any
+PADDED = 512
 
 
 class TextOnly(nn.Module):
@@ -126,6 +127,9 @@ class LanguageModelTask:
 
 
 def check_vocabulary(tokenizer: TextTokenizer, name: str, vocab_size: int) -> None:
-    """Raises ConfigError where a tokenizer's ids are not the language model's."""
-    if tokenizer.vocab_size != vocab_size:
+    """Raises ConfigError where a tokenizer's ids are not the language model's.
+
+    Published tables of embeddings are often padded, to a multiple of PADDED at most, by rows that no token uses.
+    """
+    if not vocab_size - PADDED < tokenizer.vocab_size <= vocab_size:
         raise ConfigError(f"{name} has {tokenizer.vocab_size} ids; the language model expects {vocab_size}")

@@ -1,0 +1,91 @@
+"""The configs that train a published model: each says its command and its cost, and runs, shrunk."""
+
+import re
+from pathlib import Path
+
+import jax
+import ml_collections
+import pytest
+from conftest import ROOT
+from test_flamingo_task import digest, save
+from test_lit import one
+
+from clip_jax.training import checkpoint
+from clip_jax.training.clip_task import ClipTask
+from clip_jax.training.loop import train
+from configs.clip import nfnet_f6_bert, vit_b32
+from configs.flamingo.common import language_model_config
+from flamingo_jax.training.language_model_task import LanguageModelTask
+from launch.command import load_config
+from launch.tasks import build_task
+
+FILES = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "configs").glob("*/*.py")
+    if path.name not in ("__init__.py", "common.py")
+)
+# Those that no other test runs. What differs from these by numbers alone is built, but not run.
+RUN = ("clip/vit_b16", "clip/rn50", "clip/siglip_b16", "clip/finetune",
+       "flamingo/flamingo_3b", "flamingo/open_flamingo_9b", "flamingo/idefics_9b")  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_config_opens_with_its_command_and_its_cost(file: str) -> None:
+    text = (ROOT / file).read_text().split('"""')[1]
+    assert f"python -m launch.train --config {file}" in text
+    assert re.search(r"\b(cost|Cost|costs|\$|minutes|hours|seconds)\b|\$", text.replace(f"`{file}:debug`", ""))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Workdirs of untrained towers and, by the name of the recipe that freezes it, language models."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, module in (("vit", vit_b32), ("nfnet", nfnet_f6_bert)):
+        config = module.get_config("debug")
+        config.optimizer.agc.pattern = ""  # nothing is trained
+        save(ClipTask(config, one()), config, root / name, one())
+    for name in ("flamingo_3b", "open_flamingo_9b", "idefics_9b"):
+        config = language_model_config("debug")
+        config.model = load_config(f"configs/flamingo/{name}.py:debug").model.language_model
+        save(LanguageModelTask(config, one()), config, root / name, one())
+    return root
+
+
+def started(name: str, runs: Path) -> ml_collections.ConfigDict:
+    config = load_config(f"configs/{name}.py:debug")
+    config.steps = 2
+    if name == "clip/finetune":
+        config.init.clip = str(runs / "vit")
+    if config.task == "flamingo":
+        config.init.vision = str(runs / ("nfnet" if config.model.vision.kind == "nfnet" else "vit"))
+        config.init.language_model = str(runs / name.split("/")[1])
+    else:
+        config.data.evaluate = {}
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN)
+def test_a_recipe_runs_shrunk(name: str, runs: Path, tmp_path: Path) -> None:
+    config = started(name, runs)
+    state = train(config, build_task(config, one()), tmp_path, one())
+    assert int(state.step) == 2
+    before, after = (checkpoint.load(run, "params/vision") for run in (runs / "vit", tmp_path))
+    if name == "clip/finetune":
+        # It began where the other ended, temperature and all, and went on.
+        assert digest(before) != digest(after)
+        assert max(abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if "quickstart" not in file and "emoji" not in file])
+def test_a_shrunk_recipe_is_the_same_model(file: str) -> None:
+    """What `debug` changes of a model are sizes; which parts there are, and of which kind, stays."""
+    whole, small = (load_config(f"{file}{arg}") for arg in ("", ":debug"))
+    if file.endswith(("lit.py", "bag_of_words.py", "captioning.py", "smollm2.py", "instruct.py", "ablations.py")):
+        return
+    assert whole.task == small.task
+    kinds = ("kind", "pool", "causal", "positions", "norm", "activation", "cross_attention", "parallel_residual")
+    for part in ("vision", "language_model", "resampler", "gated"):
+        if part in whole.model:
+            a, b = ({key: side.model[part].get(key) for key in kinds} for side in (whole, small))
+            assert a == b or (part == "vision" and a["kind"] == b["kind"])
