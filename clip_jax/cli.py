@@ -1,11 +1,13 @@
 """`clip-jax`: a trained model put to use on images and texts.
 
-clip-jax embed MODEL pictures/ pictures.safetensors
-clip-jax search MODEL pictures.safetensors --text "a red apple" --html found.html
-clip-jax classify MODEL photo.jpg --labels "cat,dog" --templates "a photo of a {}."
-clip-jax rerank MODEL pictures/ --text "a red apple"
+clip-jax embed runs/quickstart/clip pictures/ pictures.safetensors
+clip-jax search runs/quickstart/clip pictures.safetensors --text "a red apple" --html found.html
+clip-jax classify openai:ViT-B-32.pt photo.jpg --labels "cat,dog" --templates "a photo of a {}."
+clip-jax rerank hf:DIRECTORY pictures/ --text "a red apple"
 clip-jax import openai:ViT-B-32.pt runs/vit-b-32
+clip-jax import hf:DIRECTORY runs/siglip --tokenizer spiece.model
 clip-jax export runs/quickstart/clip exported --format open_clip
+clip-jax info openai:ViT-B-32.pt --json
 """
 
 import argparse
@@ -16,29 +18,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_jax.command_line import positive, report_rejected, run
+from clip_jax.command_line import Parser, positive, report_rejected, run
 from clip_jax.errors import ConfigError
 from clip_jax.files import is_file, read_lines
-from clip_jax.interop.commands import add_commands
+from clip_jax.interop.commands import MODELS, add_commands
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     run(parser(), argv)
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="clip-jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = top.add_subparsers(dest="command", required=True)
+def parser() -> Parser:
+    top = Parser("clip-jax", __doc__ or "")
 
     def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=text, description=text)
-        one.set_defaults(run=function)
-        one.add_argument("model", help="a run's workdir, a checkpoint, or what clip_jax.load takes")
-        one.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default: 64")
-        one.add_argument("--threads", type=positive, default=4, metavar="N", help="that decode images; default: 4")
-        one.add_argument(
+        one = top.command(name, function, text)
+        one.add_argument("model", help=MODELS)
+        group = one.add_argument_group("how it runs")
+        group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default: 64")
+        group.add_argument("--threads", type=positive, default=4, metavar="N", help="that decode images; default: 4")
+        group.add_argument(
             "--long-texts", choices=("truncate", "refuse", "average"), default="truncate",
             help="what to do with a text beyond the model's length: cut it (default), refuse it, average its windows",
         )  # fmt: skip
@@ -70,12 +69,13 @@ def parser() -> argparse.ArgumentParser:
     rerank.add_argument("source", help=images)
     rerank.add_argument("--text", required=True, help="the text")
 
+    embed.add_argument("--json", action="store_true", help="print JSON")
     for one, number in ((classify, 5), (search, 10), (rerank, None)):
         one.add_argument(
             "-k", "--top", type=positive, default=number, metavar="N", help=f"results; default: {number or 'all'}"
         )
         one.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_commands(commands)
+    add_commands(top)
     return top
 
 
@@ -96,9 +96,13 @@ def embed_command(arguments: argparse.Namespace) -> None:
     rejected = embed_to_file(
         embedder, source, spec, arguments.output, long_texts=arguments.long_texts, rows_in_part=arguments.rows_in_part
     )
-    size = arguments.output.stat().st_size / 1e6
-    print(f"wrote {arguments.output}: {len(source) - len(rejected)} embeddings ({size:.1f} MB)")
+    size = arguments.output.stat().st_size
     report_cut(embedder)
+    if arguments.json:
+        figures = {"output": str(arguments.output), "embeddings": len(source) - len(rejected), "bytes": size}
+        print(json.dumps(figures | {"left_out": list(rejected)}, indent=1, ensure_ascii=False))
+        return
+    print(f"wrote {arguments.output}: {len(source) - len(rejected)} embeddings ({size / 1e6:.1f} MB)")
     if rejected:
         print(f"{len(rejected)} images left out, listed in {arguments.output}.rejected.txt; the first: {rejected[0]}")
 

@@ -186,7 +186,9 @@ def embed_to_file(
 def _embed_parts(embedder: Embedder, source: Images | Texts, parts: Path, plan: dict[str, str]) -> None:
     rows_in_part = int(plan["rows_in_part"])
     starts = range(0, len(source), rows_in_part)
-    with tqdm(total=len(source), desc="embed", unit=f"{plan['kind']}s", dynamic_ncols=True, smoothing=0.1) as bar:
+    with tqdm(
+        total=len(source), desc="embed", unit=f"{plan['kind']}s", dynamic_ncols=True, smoothing=0.1, disable=None
+    ) as bar:
         for start in starts:
             path = parts / f"{start:012d}.safetensors"
             count = min(rows_in_part, len(source) - start)

@@ -6,6 +6,8 @@ flamingo-jax answer --model runs/quickstart/flamingo photo.jpg --question "what 
 flamingo-jax chat --model idefics:idefics-9b-instruct
 flamingo-jax score --model runs/quickstart/flamingo photo.jpg --text "a dog" --text "a cat"
 flamingo-jax import idefics:idefics-9b runs/idefics-9b
+flamingo-jax import hf:mpt-1b-redpajama-200b runs/mpt-1b
+flamingo-jax export runs/idefics-9b idefics exported
 flamingo-jax info open_flamingo:checkpoint.pt --language-model hf:mpt-1b --vision openai:ViT-L-14.pt
 """
 
@@ -18,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from clip_jax.command_line import positive, report_rejected, run
+from clip_jax.command_line import Parser, positive, report_rejected, run
 from clip_jax.errors import ConfigError, DataError, RecordError
 from clip_jax.files import is_file, read_lines
 
@@ -27,20 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(parser(), argv)
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="flamingo-jax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = top.add_subparsers(dest="command", required=True)
+def parser() -> Parser:
+    top = Parser("flamingo-jax", __doc__ or "")
     any_model = "a run's workdir, a checkpoint, idefics:DIR or open_flamingo:CHECKPOINT.pt"
 
-    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=text, description=text)
-        one.set_defaults(run=function)
-        return one
-
     def talking(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        one = command(name, function, text)
+        one = top.command(name, function, text)
         one.add_argument("--model", required=True, metavar="SPEC", help=any_model)
         one.add_argument("--int8", action="store_true", help="hold frozen weights in int8: a quarter of the memory")
         loading(one)
@@ -114,16 +108,17 @@ def parser() -> argparse.ArgumentParser:
     prompting(score, "what stands between the image and a text", "what `caption` or `answer` takes")
 
     weights = "idefics:DIR or open_flamingo:CHECKPOINT.pt"
-    one = command("import", import_command, "Turns published weights into a checkpoint of this project.")
+    one = top.command("import", import_command, "Turns published weights into a checkpoint of this project.")
     one.add_argument("model", help=f"{weights}, or hf:DIR, a language model alone, for a Flamingo to freeze")
     one.add_argument("workdir", type=Path, help="a new directory")
+    one.add_argument("--json", action="store_true", help="print JSON: how many tensors were used, missing, unused")
     loading(one)
-    one = command("export", export_command, "Writes a model as others' libraries read it.")
+    one = top.command("export", export_command, "Writes a model as others' libraries read it.")
     one.add_argument("model", help=any_model)
     one.add_argument("format", choices=("idefics", "open_flamingo"), help="whose")
     one.add_argument("output", type=Path, help="a new directory; of open_flamingo a new file, .pt or .safetensors")
     loading(one)
-    one = command("info", info_command, "Says what a model is: family, sizes, parameters, preprocessing, tokens.")
+    one = top.command("info", info_command, "Says what a model is: family, sizes, parameters, preprocessing, tokens.")
     one.add_argument("model", help=any_model)
     one.add_argument("--json", action="store_true", help="print JSON")
     loading(one)
@@ -229,11 +224,13 @@ def import_command(arguments: argparse.Namespace) -> None:
     kind, _, directory = arguments.model.partition(":")
     if kind == "hf":
         checkpoint, report = import_language_model(directory, arguments.workdir, allow=arguments.allow)
-        print(f"{arguments.model}: {report.summary()}")
-        print(f"wrote {checkpoint} and its tokenizer.json")
+    else:
+        checkpoint, found = import_model(arguments.model, arguments.workdir, **load_options(arguments))
+        report = found.model.whole_report
+    if arguments.json:
+        print(json.dumps({"wrote": str(checkpoint), "tensors": report.counts()}, indent=1))
         return
-    checkpoint, found = import_model(arguments.model, arguments.workdir, **load_options(arguments))
-    print(f"{arguments.model}: {found.model.whole_report.summary()}")
+    print(f"{arguments.model}: {report.summary()}")
     print(f"wrote {checkpoint}")
 
 

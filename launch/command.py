@@ -19,9 +19,17 @@ from clip_jax.errors import ConfigError, UserError
 from clip_jax.training.loop import flatten
 from launch import cluster
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+DEBUG = flags.DEFINE_boolean("debug", False, "Show where an error came from.")
+
 
 def run(main: Callable[..., Any], *, with_config: bool = False) -> None:
     """Parses the flags and calls `main`, with the config where it takes one; exits with its outcome."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_of(sys.modules["__main__"].__doc__ or "", with_config))
+        sys.exit()
     if with_config:
         check_overrides(sys.argv)
         config = config_flags.DEFINE_config_file("config", lock_config=True, help_string="A configs/*.py file.")
@@ -36,7 +44,7 @@ def run(main: Callable[..., Any], *, with_config: bool = False) -> None:
             else:
                 main(config.value)
         except UserError as error:
-            if os.environ.get("TRACEBACK"):
+            if DEBUG.value:
                 raise
             cluster.leave(f"error: {error}")
         except Exception:
@@ -45,6 +53,31 @@ def run(main: Callable[..., Any], *, with_config: bool = False) -> None:
             cluster.leave(traceback.format_exc())
 
     app.run(call, flags_parser=_parse)
+
+
+def help_of(doc: str, with_config: bool) -> str:
+    """What a command says of itself: its docstring, its flags and, where it takes a config, those that there are."""
+    values = flags.FLAGS.flags_by_module_dict()
+    own = [*values.get(sys.argv[0], ()), *values.get("__main__", ()), flags.FLAGS["debug"]]
+    lines = [doc.strip(), "", "flags:"]
+    if with_config:
+        lines.append("  --config FILE[:ARG]: a config of those below, or yours; --config.KEY=VALUE changes a value")
+    for flag in sorted(own, key=lambda flag: flag.name == "debug"):
+        default = "" if flag.default in (None, False, []) else f" (default: {flag.default_as_str.strip(chr(39))})"
+        lines.append(f"  --{flag.name}: {flag.help}{default}")
+    if with_config:
+        lines += ["", "configs:", *(f"  {path:38} {title}" for path, title in configs().items())]
+    return "\n".join(lines)
+
+
+def configs() -> dict[str, str]:
+    """The configs of the checkout: file → what it trains, by the first line of its docstring."""
+    found = {}
+    for path in sorted(CONFIGS.glob("*/*.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        if path.name not in ("__init__.py", "common.py") and doc:
+            found[str(path.relative_to(CONFIGS.parent))] = doc.split("\n\n")[0].replace("\n", " ")
+    return found
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -26,6 +26,7 @@ also every prompt and raw output. Stopped and started again, it goes on.
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ TASKS = flags.DEFINE_list("tasks", [], f"Of {', '.join(benchmark.TASKS)}; by def
 TEMPLATES = flags.DEFINE_string("templates", "a photo of a {}.", "openai80, openai7, a text with {} or a file of such.")
 CLASSES = flags.DEFINE_string("classes", None, "Names for the classes: `imagenet`, or a file of one a line.")
 OUTPUT = flags.DEFINE_string("output", None, "Directory for the results of --data.")
+JSON = flags.DEFINE_boolean("json", False, "Print every figure as JSON instead of a table.")
 PREPROCESS = flags.DEFINE_enum("preprocess", None, ["clip", "siglip"], "Where no file beside the weights says it.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where none is beside the weights and it is not OpenAI's.")
 BATCH_SIZE = flags.DEFINE_integer("batch-size", 256, "Images embedded at once.", lower_bound=1)
@@ -134,7 +136,7 @@ def evaluate_benchmark() -> None:
     evaluation = harness.Evaluation(model, benchmark, support, settings, embeddings, RICES.value or "")
     results = evaluate_to(evaluation, Path(OUTPUT.value))
     if jax.process_index() == 0:
-        print(harness.table(results))
+        show(results, harness.table)
 
 
 def numbers(flag: str, values: Sequence[Any]) -> tuple[int, ...]:
@@ -159,12 +161,11 @@ def evaluate_data() -> None:
         )  # fmt: skip
     results = {"model": MODEL.value or WORKDIR.value, "data": DATA.value, "train_data": TRAIN_DATA.value, **figures}
     if jax.process_index() == 0:
-        table = benchmark.table(results)
-        print(table)
+        show(results, benchmark.table)
         if OUTPUT.value:
             output = Path(OUTPUT.value)
             output.mkdir(parents=True, exist_ok=True)
-            write_atomically(output / "results.md", table + "\n")
+            write_atomically(output / "results.md", benchmark.table(results) + "\n")
             write_atomically(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -182,11 +183,11 @@ def evaluate_run(workdir: Path) -> None:
     family = metadata["model"]["family"]
     if family not in EVALUATORS:
         raise ConfigError(f"{path}: a {family} checkpoint; expected one of {', '.join(EVALUATORS)}")
-    evaluate, print_table = EVALUATORS[family]
+    evaluate, table = EVALUATORS[family]
     results_path = workdir / "evaluation.json"
     if results_path.exists() and json.loads(results_path.read_text())["checkpoint"] == path.name:
-        print(f"{results_path}: already holds the evaluation of checkpoint {path.name}")
-        print_table(json.loads(results_path.read_text()))
+        logging.info("%s: already holds the evaluation of checkpoint %s", results_path, path.name)
+        show(json.loads(results_path.read_text()), table)
         return
     config = ml_collections.ConfigDict(metadata["config"])
     mesh = sharding.make_mesh(config.mesh.to_dict(), jax.devices())
@@ -195,7 +196,11 @@ def evaluate_run(workdir: Path) -> None:
         results = {"checkpoint": path.name, **results}
         write_atomically(workdir / "predictions.json", json.dumps(shown, indent=1, ensure_ascii=False) + "\n")
         write_atomically(results_path, json.dumps(results, indent=1) + "\n")
-        print_table(results)
+        show(results, table)
+
+
+def show(results: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> None:
+    print(json.dumps(results, indent=1, ensure_ascii=False) if JSON.value else table(results))
 
 
 def restore(task: Any, path: Path) -> tuple[Any, Any]:
@@ -210,7 +215,9 @@ def evaluate_pairs(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) ->
     found = {}
     with sharding.use_mesh(mesh):
         evaluate_source = task.evaluator(*restore(task, path), mesh)
-        for name, spec in tqdm(config.data.evaluate.items(), desc="evaluate", unit="source", dynamic_ncols=True):
+        for name, spec in tqdm(
+            config.data.evaluate.items(), desc="evaluate", unit="source", dynamic_ncols=True, disable=None
+        ):
             found[name] = evaluate_source(open_source(spec))
     sources = {name: evaluation.figures for name, evaluation in found.items()}
     return {"sources": sources}, {name: predictions(evaluation) for name, evaluation in found.items()}
@@ -246,53 +253,60 @@ def predictions(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def print_pairs(results: dict[str, Any]) -> None:
-    print(f"{'':34}{'images':>8}{'classes':>9}{'top-1':>8}{'chance':>8}{'top-5':>8}{'R@5':>8}{'chance':>8}")
+def pairs_table(results: dict[str, Any]) -> str:
+    lines = [f"{'':34}{'images':>8}{'classes':>9}{'top-1':>8}{'chance':>8}{'top-5':>8}{'R@5':>8}{'chance':>8}"]
     for name, f in results["sources"].items():
         chance = f["chance"]
-        print(
+        lines.append(
             f"{name:34}{f['images']:8}{f['classes']:9}{f['top1']:8.1%}{chance['top1']:8.2%}"
             f"{f['top5']:8.1%}{f['recall_at_5']:8.1%}{chance['recall_at_5']:8.2%}"
         )
+    return "\n".join(lines)
 
 
-def print_flamingo(results: dict[str, Any]) -> None:
+def flamingo_table(results: dict[str, Any]) -> str:
+    lines: list[str] = []
     answers, captions, loss = results["answers"], results["captions"], results["loss"]
     shots = [key for key in answers if key.startswith("shots_")]
 
     def row(name: str, f: dict[str, Any], chance: float, more: str = "") -> None:
         shares = (f["true_images"], f["shuffled_images"], f["no_images"], chance)
-        print(f"{name:28}" + "".join(f"{share:10.1%}" for share in shares) + more)
+        lines.append(f"{name:28}" + "".join(f"{share:10.1%}" for share in shares) + more)
 
-    print(f"{'right answers':28}{'images':>10}{'shuffled':>10}{'none':>10}{'chance':>10}   images - shuffled, 95 %")
+    lines.append(
+        f"{'right answers':28}{'images':>10}{'shuffled':>10}{'none':>10}{'chance':>10}   images - shuffled, 95 %"
+    )
     for key in shots:
         low, high = (100 * x for x in answers[key]["interval"])
         row(f"{key[6:]} shots", answers[key], answers["chance"]["all"], f"   {low:+.1f} … {high:+.1f} points")
         for task, f in answers[key]["tasks"].items():
             row(f"    {task}", f, answers["chance"][task])
-    print(f"of {answers['questions']} questions")
+    lines.append(f"of {answers['questions']} questions")
 
-    print(f"{'captions':28}{'CIDEr':>10}{'shuffled':>10}{'named':>10}{'shuffled':>10}")
+    lines.append(f"{'captions':28}{'CIDEr':>10}{'shuffled':>10}{'named':>10}{'shuffled':>10}")
     for key in shots:
         f, other = captions[key], captions[key]["shuffled_images"]
-        print(
+        lines.append(
             f"{key[6:] + ' shots':28}{f['cider']:10.3f}{other['cider']:10.3f}{f['named']:10.1%}{other['named']:10.1%}"
         )
-    print(f"of {captions['captions']} captions")
+    lines.append(f"of {captions['captions']} captions")
 
-    print(f"{'nats a token':28}{loss['true']:10.3f}{loss['shuffled']:10.3f}{loss['gates_off']:10.3f} with closed gates")
+    lines.append(
+        f"{'nats a token':28}{loss['true']:10.3f}{loss['shuffled']:10.3f}{loss['gates_off']:10.3f} with closed gates"
+    )
     for key in ("shuffled", "gates_off"):
         low, high = loss[f"interval_{key}"]
-        print(f"    {key} - images: {low:+.3f} … {high:+.3f} (95 %)")
-    print(f"in {loss['documents']} documents")
+        lines.append(f"    {key} - images: {low:+.3f} … {high:+.3f} (95 %)")
+    lines.append(f"in {loss['documents']} documents")
+    return "\n".join(lines)
 
 
 Evaluator = Callable[[ml_collections.ConfigDict, Mesh, Path], tuple[dict[str, Any], dict[str, Any]]]
-EVALUATORS: dict[str, tuple[Evaluator, Callable[[dict[str, Any]], None]]] = {
-    "clip": (evaluate_pairs, print_pairs),
-    "bag_of_words": (evaluate_pairs, print_pairs),
-    "captioning": (evaluate_pairs, print_pairs),
-    "flamingo": (evaluate_flamingo, print_flamingo),
+EVALUATORS: dict[str, tuple[Evaluator, Callable[[dict[str, Any]], str]]] = {
+    "clip": (evaluate_pairs, pairs_table),
+    "bag_of_words": (evaluate_pairs, pairs_table),
+    "captioning": (evaluate_pairs, pairs_table),
+    "flamingo": (evaluate_flamingo, flamingo_table),
 }
 
 if __name__ == "__main__":

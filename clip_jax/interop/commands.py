@@ -5,36 +5,43 @@ import json
 from pathlib import Path
 from typing import Any
 
+from clip_jax.command_line import Parser
 
-def add_commands(commands: Any) -> None:
-    """Adds the three to the subparsers of `clip-jax`. (Nothing heavy is imported before one of them runs.)"""
-    published = "hf:DIR, openai:FILE, open_clip:FILE,CONFIG.json or open_clip:DIR"
+PUBLISHED = "hf:DIR, openai:FILE, open_clip:FILE,CONFIG.json or open_clip:DIR"
+MODELS = f"a run's workdir, a checkpoint, or {PUBLISHED}"
+
+
+def add_commands(top: Parser) -> None:
+    """Adds the three to `clip-jax`. (Nothing heavy is imported before one of them runs.)"""
 
     def command(name: str, run: Any, text: str, model: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=text, description=text)
-        one.set_defaults(run=run)
+        one = top.command(name, run, text)
         one.add_argument("model", help=model)
-        one.add_argument("--image-size", type=int, metavar="S", help="another resolution than the weights'")
-        one.add_argument(
+        group = one.add_argument_group("of weights from elsewhere")
+        group.add_argument("--image-size", type=int, metavar="S", help="another resolution than the weights'")
+        group.add_argument(
             "--preprocess", choices=("clip", "siglip", "imagenet"), help="where no file beside the weights says it"
         )
-        one.add_argument("--tokenizer", metavar="PATH", help="where none is beside the weights, if it is not OpenAI's")
-        one.add_argument(
+        group.add_argument(
+            "--tokenizer", metavar="PATH", help="where none is beside the weights, if it is not OpenAI's"
+        )
+        group.add_argument(
             "--allow", action="append", default=[], metavar="REGEX", help="tensors that may be missing or unused"
         )
+        if run is import_command:
+            group.add_argument(
+                "--embed-dim", type=int, metavar="E", help="of timm:FILE and bert:DIR: the joint space's width"
+            )
         return one
 
-    towers = f"{published}; a tower by itself: timm:FILE (NFNet) or bert:DIR"
+    towers = f"{PUBLISHED}; a tower by itself: timm:FILE (NFNet) or bert:DIR"
     one = command("import", import_command, "Turns published weights into a checkpoint of this project.", towers)
-    one.add_argument(
-        "--embed-dim", type=int, metavar="E", help="of a tower by itself (timm:FILE, bert:DIR): the joint space's width"
-    )
     one.add_argument("workdir", type=Path, help="a new directory; start from it with --config.init.vision=WORKDIR")
-    any_model = f"a run's workdir, a checkpoint, or {published}"
-    one = command("export", export_command, "Writes a model as others' libraries read it.", any_model)
+    one.add_argument("--json", action="store_true", help="print JSON: how many tensors were used, missing, unused")
+    one = command("export", export_command, "Writes a model as others' libraries read it.", MODELS)
     one.add_argument("directory", type=Path, help="a new directory")
     one.add_argument("--format", choices=("hf", "open_clip"), required=True, help="whose")
-    one = command("info", info_command, "Says what a model is: sizes, parameters, preprocessing, tokenizer.", any_model)
+    one = command("info", info_command, "Says what a model is: sizes, parameters, preprocessing, tokenizer.", MODELS)
     one.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -61,6 +68,9 @@ def import_command(arguments: argparse.Namespace) -> None:
         where = published.find_tokenizer(model, path, arguments.tokenizer)
         tokenizer = published.open_tokenizer(where, model)
     checkpoint = published.save(model, tokenizer, where, arguments.workdir)
+    if arguments.json:
+        print(json.dumps({"wrote": str(checkpoint), "tensors": model.report.counts()}, indent=1))
+        return
     print(f"{arguments.model}: {model.report.summary()}")
     print(f"wrote {checkpoint}")
 

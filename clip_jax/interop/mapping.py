@@ -61,10 +61,12 @@ class Report:
         if faults:
             raise CheckpointError(f"{label}: {', '.join(faults)}; a pattern of `allow` accepts them")
 
+    def counts(self) -> dict[str, int]:
+        return {kind: len(getattr(self, kind)) for kind in ("used", "missing", "unused", "ignored")}
+
     def summary(self) -> str:
-        return (
-            f"{len(self.used)} tensors used, {len(self.missing)} missing, {len(self.unused)} unused, "
-            f"{len(self.ignored)} constants ignored"
+        return "{used} tensors used, {missing} missing, {unused} unused, {ignored} constants ignored".format(
+            **self.counts()
         )
 
     def add(self, name: str, other: "Report") -> None:

@@ -126,7 +126,9 @@ def evaluate(task: FlamingoTask, params: PyTree, state: PyTree, mesh: Mesh, coun
     captioned = np.random.default_rng(seed).permutation(len(pictures.media))[:captions]
     sizes = len(config.shots) * (3 * [len(asked)] + 2 * [len(captioned)]) + 3 * [len(asked) + len(captioned)]
     total = sum(-(-size // config.batch_size) for size in sizes)
-    with tqdm(total=total, desc="evaluate", unit="batch", dynamic_ncols=True, disable=jax.process_index() > 0) as bar:
+    with tqdm(
+        total=total, desc="evaluate", unit="batch", dynamic_ncols=True, disable=jax.process_index() > 0 or None
+    ) as bar:
         responder = Responder(task, task.variables(params, state), mesh, config.batch_size, config.answer_tokens, bar)
         run = _Run(
             responder, pictures, Prompts(support, task.tokenizer, count, config.tokens, seed), tuple(config.shots), seed

@@ -56,7 +56,7 @@ def evaluate_to(evaluation: Evaluation, output: Path) -> dict[str, Any]:
     there = np.array([path.is_file() or file.is_file() for file in files])
     there = np.asarray(multihost_utils.broadcast_one_to_all(there))  # other hosts may not see these files
     for condition, file, done in zip(
-        tqdm(conditions, desc="evaluate", unit="condition", dynamic_ncols=True, disable=not writes),
+        tqdm(conditions, desc="evaluate", unit="condition", dynamic_ncols=True, disable=None if writes else True),
         files, there, strict=True,
     ):  # fmt: skip
         if not done:

@@ -122,5 +122,5 @@ def info(spec: str | Path, **options: Any) -> dict[str, Any]:
         | dict(config.get("gated", {})),
         "preprocess": dataclasses.asdict(model.preprocess),
         "tokens": {"vocab_size": model.tokenizer.vocab_size, **dataclasses.asdict(model.convention)},
-        "tensors": {kind: len(getattr(model.report, kind)) for kind in ("used", "missing", "unused", "ignored")},
+        "tensors": model.report.counts(),
     }

@@ -71,7 +71,7 @@ def prepare_features(
 
     def features() -> Iterator[list[np.ndarray] | None]:
         with sharding.use_mesh(task.mesh), ThreadPoolExecutor(config.data.threads) as pool:
-            for start in tqdm(range(0, len(pages), batch_size), desc="features", unit="batch"):
+            for start in tqdm(range(0, len(pages), batch_size), desc="features", unit="batch", disable=None):
                 found = list(pool.map(pixels, range(start, min(start + batch_size, len(pages)))))
                 clips = [clip for page in found for clip in page or ()]
                 rows = iter(

@@ -1,0 +1,96 @@
+"""The console scripts: help, completion, exit codes, where an error came from."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clip_jax import cli as clip_cli
+from clip_jax.command_line import Parser, run
+from clip_jax.errors import DataError
+from flamingo_jax import cli as flamingo_cli
+
+SCRIPTS = {"clip-jax": clip_cli, "flamingo-jax": flamingo_cli}
+
+
+def commands_of(parser: Parser) -> dict[str, argparse.ArgumentParser]:
+    return dict(parser.commands.choices)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_command_has_an_example_that_parses(script: str, tmp_path: Path) -> None:
+    import shlex
+
+    parser = SCRIPTS[script].parser()
+    lines = (SCRIPTS[script].__doc__ or "").partition("\n\n")[2].strip().splitlines()
+    shown = set()
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == script
+        shown.add(parser.parse_args(arguments).command)
+    assert shown >= commands_of(parser).keys() - {"chat"}
+    for name, one in commands_of(parser).items():
+        text = one.format_help()
+        assert f"{script} {name}" in text.partition("examples:")[2]
+        assert "--debug" in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_can_be_had_as_json(script: str) -> None:
+    without = {"export", "chat"}  # they print no number
+    for name, one in commands_of(SCRIPTS[script].parser()).items():
+        assert ("--json" in one.format_help()) == (name not in without), name
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "expected"),
+    [("clip-jax", "clip-jax cl", ["classify"]), ("clip-jax", "clip-jax export m d --format ", ["hf", "open_clip"]),
+     ("flamingo-jax", "flamingo-jax caption --le", ["--length-penalty"])],
+)  # fmt: skip
+def test_a_shell_completes(script: str, line: str, expected: list[str], tmp_path: Path) -> None:
+    """As bash asks: argcomplete's protocol, with the answer in a file instead of on descriptor 8."""
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9",
+             "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out")}  # fmt: skip
+    subprocess.run([sys.executable, "-m", SCRIPTS[script].__name__], env=os.environ | asked, check=True)
+    assert [word.strip() for word in (tmp_path / "out").read_text().splitlines()] == expected
+
+
+def program(function: Callable[[argparse.Namespace], None]) -> Parser:
+    parser = Parser("program", "What it is.\n\nprogram go\n")
+    parser.command("go", function, "Goes.")
+    return parser
+
+
+def fail(_: argparse.Namespace) -> None:
+    raise DataError("photos: no such folder")
+
+
+def interrupt(_: argparse.Namespace) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_error_is_one_line_and_exits_with_1() -> None:
+    with pytest.raises(SystemExit) as exited:
+        run(program(fail), ["go"])
+    assert exited.value.code == "error: photos: no such folder"
+
+
+def test_debug_shows_where_it_came_from() -> None:
+    with pytest.raises(DataError):
+        run(program(fail), ["go", "--debug"])
+
+
+def test_ctrl_c_exits_as_shells_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        run(program(interrupt), ["go"])
+    assert exited.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+
+def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        run(program(fail), ["run"])
+    assert exited.value.code == 2 and "invalid choice: 'run'" in capsys.readouterr().err
