@@ -185,17 +185,16 @@ def embed_to_file(
 
 def _embed_parts(embedder: Embedder, source: Images | Texts, parts: Path, plan: dict[str, str]) -> None:
     rows_in_part = int(plan["rows_in_part"])
-    starts = range(0, len(source), rows_in_part)
+    sizes = {start: min(rows_in_part, len(source) - start) for start in range(0, len(source), rows_in_part)}
+    paths = {start: parts / f"{start:012d}.safetensors" for start in sizes}
+    missing = [start for start in sizes if not paths[start].exists()]
+    done = len(source) - sum(sizes[start] for start in missing)
     with tqdm(
-        total=len(source), desc="embed", unit=f"{plan['kind']}s", dynamic_ncols=True, smoothing=0.1, disable=None
-    ) as bar:
-        for start in starts:
-            path = parts / f"{start:012d}.safetensors"
-            count = min(rows_in_part, len(source) - start)
-            if path.exists():
-                bar.initial += count  # so that the rate counts what this run did
-                bar.update(count)
-                continue
+        total=len(source), initial=done, desc="embed", unit=f"{plan['kind']}s", dynamic_ncols=True, smoothing=0.1,
+        disable=None,
+    ) as bar:  # fmt: skip
+        for start in missing:
+            count = sizes[start]
             if isinstance(source, Texts):
                 some = list(source.texts[start : start + count])
                 try:
@@ -206,7 +205,7 @@ def _embed_parts(embedder: Embedder, source: Images | Texts, parts: Path, plan: 
                 bar.update(count)
             else:
                 embeddings, rows, rejected = embedder.images(source, range(start, start + count), bar.update)
-            with replacing(path) as temporary:
+            with replacing(paths[start]) as temporary:
                 save_file(_tensors(embeddings, rows), temporary, {"rejected": json.dumps(rejected)})
 
 
