@@ -14,7 +14,14 @@ class DataError(UserError):
 
 
 class RecordError(UserError):
-    """A record that can't be used; training replaces it by rule and counts it."""
+    """A record that can't be used; training replaces it by rule and counts it.
+
+    `reason`: a short word for the counts, such as `missing_caption`; the same for all records with that fault.
+    """
+
+    def __init__(self, message: str, *, reason: str = "other"):
+        super().__init__(message)
+        self.reason = reason
 
 
 class CheckpointError(UserError):
