@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import flamingo_models
 import jax
@@ -13,12 +12,11 @@ import numpy as np
 import pytest
 from conftest import ORACLES
 from PIL import Image
+from runs import write_run
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from clip_jax import sharding
 from clip_jax.interop.tensors import read_tensors
-from clip_jax.training import checkpoint
-from clip_jax.training.loop import run_metadata
 from configs.flamingo import quickstart
 from flamingo_jax.chat import images_in
 from flamingo_jax.cli import main
@@ -50,22 +48,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's workdir with the quickstart's debug model; of random numbers, so that images matter."""
     workdir, config = tmp_path_factory.mktemp("ours"), quickstart.get_config("debug")
-    task, rng = FlamingoTask(config, sharding.make_mesh()), np.random.default_rng(0)
-
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        name = jax.tree_util.keystr(path)
-        if leaf.ndim < 2 or "norm" in name or "mean" in name:
-            return np.full(
-                leaf.shape, 0.05 if "var" in name else float("bias" not in name and "mean" not in name), "f4"
-            )
-        return rng.normal(0, 0.5 if "gated" in name or "resampler" in name else 0.2, leaf.shape).astype(np.float32)
-
-    shapes = sharding.unbox(jax.eval_shape(task.init, jax.random.key(0)))
-    params, state = jax.tree_util.tree_map_with_path(draw, shapes)
-    items = {f"params.{name}": {name: tree} for name, tree in params.items()} | {"state": state}
-    metadata = run_metadata(config, task) | {"step": 7}
-    (workdir / "checkpoints").mkdir()
-    checkpoint.write(workdir / "checkpoints" / "00000007", items, metadata)
+    write_run(workdir, config, FlamingoTask(config, sharding.make_mesh()))
     return workdir
 
 
