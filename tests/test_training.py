@@ -3,13 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import processes
 import pytest
-from conftest import DEVICES, ROOT
+from conftest import DEVICES
+from processes import Running
 
 CONFIG = "configs/clip/quickstart.py:debug"
 STEPS = 12
@@ -21,14 +22,23 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace(f"count={DEVICES}", f"count={devices}")}
 
 
-def command(workdir: Path, *flags: str, config: str = CONFIG) -> list[str]:
-    return [sys.executable, "-m", "launch.train", "--config", config, "--workdir", str(workdir), *flags]
+@dataclass(frozen=True)
+class Done:
+    """What a process left, as `subprocess.run` says it; its two outputs are one."""
+
+    returncode: int
+    stderr: str
 
 
-def train(workdir: Path, *flags: str, devices: int = 1, config: str = CONFIG) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(workdir, *flags, config=config), cwd=ROOT, env=environment(devices), capture_output=True, text=True
-    )
+def begin(workdir: Path, *flags: str, devices: int, config: str) -> Running:
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    flags = ("--config", config, "--workdir", str(workdir), *flags)
+    return processes.start(workdir.with_name(f"{workdir.name}.log"), *flags, devices=devices)
+
+
+def train(workdir: Path, *flags: str, devices: int = 1, config: str = CONFIG) -> Done:
+    running = begin(workdir, *flags, devices=devices, config=config)
+    return Done(running.wait(), running.text())
 
 
 def rows(
@@ -43,19 +53,14 @@ def rows(
 
 def kill_after(workdir: Path, step: int, devices: int, *flags: str, config: str = CONFIG) -> None:
     """SIGKILL as soon as a step is logged."""
-    with subprocess.Popen(
-        command(workdir, *flags, config=config),
-        cwd=ROOT,
-        env=environment(devices),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        deadline = time.time() + 300
-        while process.poll() is None and time.time() < deadline:
-            if any(row["step"] >= step for row in rows(workdir, ("step",))):
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.005)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    running = begin(workdir, *flags, devices=devices, config=config)
+    deadline = time.monotonic() + 300
+    while running.process.is_alive() and time.monotonic() < deadline:
+        if any(row["step"] >= step for row in rows(workdir, ("step",))):
+            running.send(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert running.wait() == -signal.SIGKILL, "the run ended before it was killed"
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_collections
 from tokenizers import Tokenizer, models
 
+from clip_jax.data.tokenizer import END, PAD, START
 from flamingo_jax.data.tokenizer import ASSETS
 
 PAIRS = "emoji:unseen_concepts"  # 400 embedded pictures with names
@@ -32,6 +33,8 @@ def without_data(config: ml_collections.ConfigDict) -> Iterator[ml_collections.C
     with tempfile.TemporaryDirectory() as directory:
         if config.model.get("text", {}).get("kind") == "bert" and not data.tokenizer:
             data.tokenizer = str(write_vocabulary(Path(directory), config.model.text.vocab_size))
+        elif "text" in config.model and not data.tokenizer:
+            data.tokenizer = str(write_pieces(Path(directory), config.model.text.vocab_size))
         if "bos" in data and not any((root / data.tokenizer).is_file() for root in (Path(), ASSETS)):
             model = config.model.get("language_model", config.model)
             data.tokenizer = str(write_tokenizer(Path(directory), model.vocab_size, data.bos))
@@ -43,6 +46,14 @@ def write_vocabulary(directory: Path, vocab_size: int) -> Path:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     path = directory / "vocab.txt"
     path.write_text("\n".join([*special, *(f"<{i}>" for i in range(len(special), vocab_size))]) + "\n")
+    return path
+
+
+def write_pieces(directory: Path, vocab_size: int) -> Path:
+    """A text tower's tokenizer.json of so many ids, to which every text is one unknown word."""
+    words = [PAD, *(f"<{i}>" for i in range(1, vocab_size - 2)), START, END]
+    path = directory / "tokenizer.json"
+    Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<1>")).save(str(path))
     return path
 
 
