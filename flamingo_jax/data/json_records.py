@@ -34,7 +34,7 @@ class JsonRecords:
             raise DataError(f"{path}: not a JSON array ({error}); expected one, or an object a line") from None
         if self._array is None:
             self._file = path.open("rb")
-            self._starts, self._stops, self._lines = _spans(self._file)
+            self._starts, self._stops, self._lines = line_spans(self._file)
         if len(self) == 0:
             raise DataError(f"{path}: empty; expected a JSON object a line, or an array of them")
 
@@ -49,14 +49,14 @@ class JsonRecords:
             key = f"{self.path}:{line}"
             try:
                 found = json.loads(os.pread(self._file.fileno(), stop - start, start))
-            except ValueError as error:
-                raise RecordError(f"{key}: not JSON ({error})") from None
+            except (ValueError, RecursionError) as error:
+                raise RecordError(f"{key}: not JSON ({str(error)[:120]})", reason="not_json") from None
         if not isinstance(found, dict):
-            raise RecordError(f"{key}: {type(found).__name__}; expected a JSON object")
+            raise RecordError(f"{key}: {type(found).__name__}; expected a JSON object", reason="not_a_json_object")
         return key, found
 
 
-def _spans(file: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def line_spans(file: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the lines that are not empty begin and end, and their numbers from 1."""
     ends, size = [], 0
     while chunk := file.read(CHUNK):

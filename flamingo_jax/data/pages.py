@@ -1,7 +1,7 @@
 """What Flamingo can be trained on: pairs, clips, interleaved pages and chats, as texts and media not yet decoded.
 
 `open_pages(kind, spec)` opens a data set of a kind: random access to pages, `len(pages)` and `pages[i]`. To add a
-format (MMC4, OBELICS), write a class with `__len__` and `__getitem__` and enter it in `PAGES`.
+format, write a class with `__len__` and `__getitem__` and enter it in `PAGES`.
 """
 
 import difflib
@@ -9,48 +9,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from PIL import Image
-
-from clip_jax.data import transforms
+from clip_jax.data.order import permute
 from clip_jax.data.pipeline import check_named
 from clip_jax.data.sources import SOURCES, open_source
 from clip_jax.errors import ConfigError, DataError, RecordError
 from flamingo_jax.data.documents import END, IMAGE_TAG, EndOfChunk, Text, cut_at_tags, with_ends
+from flamingo_jax.data.filters import Refilled, cut_options
+from flamingo_jax.data.html import HtmlPages
 from flamingo_jax.data.json_records import JsonRecords
+from flamingo_jax.data.media import Page, PageSource, Raw, decode
 from flamingo_jax.data.prompts import question
-from flamingo_jax.data.video import VIDEO_SUFFIXES, read_frames
+from flamingo_jax.data.shards import ImageStore, JsonShards
+from flamingo_jax.data.web import Mmc4, Obelics, plain
+
+__all__ = ["PAGES", "Page", "PageSource", "Raw", "decode", "open_pages"]
 
 R = TypeVar("R")
+Find = Callable[[str, str], Raw]  # (name, key of its record) → an image or clip
 ROLES = {"user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}  # the latter are LLaVA's
-
-
-@dataclass(frozen=True)
-class Raw:
-    """An image, still encoded, or the file of an image or clip."""
-
-    where: bytes | Path
-
-
-@dataclass(frozen=True)
-class Page:
-    """A document whose media are not decoded yet."""
-
-    key: str
-    parts: Sequence[Raw | Text | EndOfChunk]
-
-    @property
-    def media(self) -> list[Raw]:
-        return [part for part in self.parts if isinstance(part, Raw)]
-
-
-class PageSource(Protocol):
-    """`pages[i]` raises RecordError, which names the record, for one that can't be used."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Page: ...
 
 
 class PairPages:
@@ -68,62 +46,112 @@ class PairPages:
         return Page(pair.key, with_ends([Raw(pair.image), Text(pair.text)]))
 
 
-@dataclass(frozen=True)
-class JsonPages:
-    """Records of a file of JSON, each read by `read(record, key, folder)`.
+class GroupedPairs:
+    """Pages of `images` pairs each, which a keyed permutation brings together: `pairs:SPEC?images=4&seed=0`.
 
-    Images and clips are named by paths from `folder`, by default the file's own: FILE or FILE#FOLDER.
+    For those who have no pages. SPEC is any source of `clip_jax.data.sources`; the last page may have fewer.
     """
 
-    read: Callable[[Mapping[str, Any], str, Path], Page]
-    records: JsonRecords
-    folder: Path
+    def __init__(self, spec: str):
+        where, _, _ = spec.partition("?")
+        _, _, options = cut_options(spec.replace("#", ""))
+        if unknown := options.keys() - {"images", "seed"}:
+            raise DataError(f"pairs:{spec}: option {min(unknown)!r}: expected images or seed")
+        try:
+            self._images, self._seed = int(options.get("images", 4)), int(options.get("seed", 0))
+        except ValueError:
+            raise DataError(f"pairs:{spec}: expected whole numbers of images and seed") from None
+        if self._images < 1:
+            raise DataError(f"pairs:{spec}: images={self._images}; at least 1 expected")
+        self._pairs = open_source(where)
+
+    def __len__(self) -> int:
+        return -(-len(self._pairs) // self._images)
+
+    def __getitem__(self, index: int) -> Page:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        count = len(self._pairs)
+        parts: list[Raw | Text] = []
+        keys = []
+        for place in range(index * self._images, min((index + 1) * self._images, count)):
+            pair = self._pairs[permute(place, count, self._seed)]
+            check_named(pair)
+            parts += [Raw(pair.image), Text(plain(pair.text))]
+            keys.append(pair.key)
+        return Page(" + ".join(keys), with_ends(parts))
+
+
+@dataclass(frozen=True)
+class JsonPages:
+    """Records of JSON, each read by `read(record, key, find)`."""
+
+    read: Callable[[Mapping[str, Any], str, Find], Page]
+    records: JsonRecords | JsonShards
+    find: Find
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Page:
-        key, record = self.records[index]
-        return self.read(record, key, self.folder)
+        key, record = self.records[index][:2]
+        return self.read(record, key, self.find)
 
 
-def open_json(where: str, read: Callable[[Mapping[str, Any], str, Path], Page]) -> JsonPages:
-    file, _, folder = where.partition("#")
-    return JsonPages(read, JsonRecords(Path(file)), Path(folder) if folder else Path(file).parent)
+def open_json(where: str, read: Callable[[Mapping[str, Any], str, Find], Page]) -> JsonPages:
+    """FILE, FILE#FOLDER or FILE#TARS: images and clips are named by paths from the folder, by default the file's own,
+    or by names in tars. Several files of lines, packed ones too: `pages_{0..9}.jsonl.gz`.
+    """
+    file, _, images = where.partition("#")
+    several = any(c in file for c in "{*") or file.endswith((".gz", ".zip"))
+    records = JsonShards(file) if several else JsonRecords(Path(file))
+    if "{" in images or "*" in images or images.endswith(".tar"):
+        return JsonPages(read, records, partial(_in_tars, ImageStore(images), images))
+    folder = Path(images) if images else Path(file).parent
+    return JsonPages(read, records, lambda name, key: Raw(folder / name))
 
 
-def interleaved_page(record: Mapping[str, Any], key: str, folder: Path) -> Page:
+def _in_tars(store: ImageStore, where: str, name: str, key: str) -> Raw:
+    found = store.find(name)
+    if found is None:
+        raise RecordError(f"{key}: {name[:200]} is not in {where}", reason="image_not_there")
+    return Raw(found)
+
+
+def interleaved_page(record: Mapping[str, Any], key: str, find: Find) -> Page:
     """{"text": "A cat<image> and<image> a dog", "images": ["cat.jpg", "dog.gif"]}: any number of images and clips."""
-    text, media = _field(record, "text", str, key), _media(record, key, folder)
+    text, media = _field(record, "text", str, key), _media(record, key, find)
     return Page(key, with_ends(_cut(text, media, key)))
 
 
-def clip_page(record: Mapping[str, Any], key: str, folder: Path) -> Page:
+def clip_page(record: Mapping[str, Any], key: str, find: Find) -> Page:
     """{"video": "dog.mp4", "text": "a dog runs"}."""
     text = _field(record, "text", str, key)
     if not text.strip():
-        raise RecordError(f"{key}: the text is empty")
-    return Page(key, with_ends([Raw(folder / _field(record, "video", str, key)), Text(text)]))
+        raise RecordError(f"{key}: the text is empty", reason="no_text")
+    return Page(key, with_ends([find(_field(record, "video", str, key), key), Text(text)]))
 
 
-def chat_page(record: Mapping[str, Any], key: str, folder: Path) -> Page:
+def chat_page(record: Mapping[str, Any], key: str, find: Find) -> Page:
     """{"images": ["cat.jpg"], "conversation": [{"user": "What is <image>?"}, {"assistant": "a cat"}, …]}, or LLaVA's
     {"image": "cat.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", …}]}.
 
     Only answers, and the end after each, are learned. Images without a tag stand before the first turn, as do those
     whose tag opens or closes a question before that question.
     """
-    turns, media = _turns(record, key), _media(record, key, folder)
+    turns, media = _turns(record, key), _media(record, key, find)
     tags = sum(text.count(IMAGE_TAG) for _, text in turns)
     if tags == 0 and media:
         turns[0] = turns[0][0], IMAGE_TAG * len(media) + turns[0][1]
     elif tags != len(media):
-        raise RecordError(f"{key}: {len(media)} images for {tags} places {IMAGE_TAG}")
+        raise RecordError(
+            f"{key}: {len(media)} images for {tags} places {IMAGE_TAG}", reason="images_and_places_differ"
+        )
     parts: list[Raw | Text | EndOfChunk] = []
     for role, text in turns:
         if role == "assistant":
             if IMAGE_TAG in text:
-                raise RecordError(f"{key}: {IMAGE_TAG} in an answer; expected in questions only")
+                raise RecordError(f"{key}: {IMAGE_TAG} in an answer; expected in questions only", reason="no_chat")
             parts += [Text(" " + text.strip()), END]
             continue
         words, before = _tags_first(text.strip())
@@ -147,14 +175,22 @@ def _tags_first(words: str) -> tuple[str, str]:
 PAGES: dict[str, dict[str, Callable[[str], PageSource]]] = {
     "pairs": {kind: partial(lambda kind, where: PairPages(f"{kind}:{where}"), kind) for kind in SOURCES},
     "clips": {"json": partial(open_json, read=clip_page)},
-    "interleaved": {"json": partial(open_json, read=interleaved_page)},
+    "interleaved": {
+        "json": partial(open_json, read=interleaved_page),
+        "mmc4": lambda where: Refilled(Mmc4(where)),
+        "obelics": lambda where: Refilled(Obelics(where)),
+        "html": lambda where: Refilled(HtmlPages(where)),
+        "pairs": GroupedPairs,
+    },
     "chats": {"json": partial(open_json, read=chat_page)},
 }
 
 
 def open_pages(kind: str, spec: str) -> PageSource:
     """Opens a data set of a kind: `pairs` by any name that `clip_jax.data.sources.open_source` knows; `clips`,
-    `interleaved` and `chats` by `json:FILE` or `json:FILE#FOLDER` (see `clip_page`, `interleaved_page`, `chat_page`).
+    `interleaved` and `chats` by `json:FILE` or `json:FILE#IMAGES` (see `open_json`, `clip_page`, `interleaved_page`,
+    `chat_page`); `interleaved` also by `mmc4:` (`web.Mmc4`), `obelics:` (`web.Obelics`), `html:` (`html.HtmlPages`)
+    and `pairs:` (`GroupedPairs`).
 
     Raises ConfigError for an unknown kind, DataError for an unknown format and for what the format itself refuses.
     """
@@ -167,43 +203,31 @@ def open_pages(kind: str, spec: str) -> PageSource:
     return PAGES[kind][name](where)
 
 
-def decode(raw: Raw, frames: int, key: str) -> list[Image.Image]:
-    """The image, or as many frames of the clip, as RGB: of a video at 1 a second, of an animated image evenly spaced.
-
-    Raises RecordError, naming the file or `key`, for what does not decode.
-    """
-    if isinstance(raw.where, bytes):
-        return [transforms.decode(raw.where, key)]
-    key = str(raw.where)
-    if raw.where.suffix.lower() in VIDEO_SUFFIXES:
-        return read_frames(raw.where, frames)
-    try:
-        data = raw.where.read_bytes()
-    except OSError as error:
-        raise RecordError(f"{key}: can't be read ({error.strerror})") from None
-    return transforms.decode_frames(data, frames, key)
-
-
 def _field(record: Mapping[str, Any], name: str, kind: type[R], key: str) -> R:
     value = record.get(name)
     if not isinstance(value, kind):
         found = f"{name} is {value!r}"[:80] if name in record else f"no {name}"
-        raise RecordError(f"{key}: {found}; expected {kind.__name__} {name}")
+        raise RecordError(
+            f"{key}: {found}; expected {kind.__name__} {name}", reason="wrong_type" if name in record else "no_field"
+        )
     return value
 
 
-def _media(record: Mapping[str, Any], key: str, folder: Path) -> list[Raw]:
+def _media(record: Mapping[str, Any], key: str, find: Find) -> list[Raw]:
     """The media of the field `images`, or of `image`, which may be one name or a list of them, too."""
     names = record.get("images", record.get("image")) or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RecordError(f"{key}: images is {names!r:.60}; expected a list of file names")
-    return [Raw(folder / name) for name in names]
+        raise RecordError(f"{key}: images is {names!r:.60}; expected a list of file names", reason="wrong_type")
+    return [find(name, key) for name in names]
 
 
 def _cut(text: str, media: Sequence[Raw], key: str, *, learned: bool = True) -> list[Raw | Text]:
     if text.count(IMAGE_TAG) != len(media):
-        raise RecordError(f"{key}: {len(media)} images for {text.count(IMAGE_TAG)} places {IMAGE_TAG}")
+        raise RecordError(
+            f"{key}: {len(media)} images for {text.count(IMAGE_TAG)} places {IMAGE_TAG}",
+            reason="images_and_places_differ",
+        )
     return cut_at_tags(text, media, learned=learned)
 
 
@@ -217,10 +241,14 @@ def _turns(record: Mapping[str, Any], key: str) -> list[tuple[str, str]]:
         elif isinstance(turn, dict) and len(turn) == 1:
             ((role, text),) = turn.items()
         else:
-            raise RecordError(f'{key}: turn {turn!r:.60}; expected {{"user": …}} or {{"from": "human", "value": …}}')
-        if role not in ROLES or not isinstance(text, str):
-            raise RecordError(f"{key}: a turn of {role!r}; expected a text of one of {', '.join(ROLES)}")
+            raise RecordError(
+                f'{key}: turn {turn!r:.60}; expected {{"user": …}} or {{"from": "human", "value": …}}', reason="no_chat"
+            )
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
+            raise RecordError(
+                f"{key}: a turn of {role!r}; expected a text of one of {', '.join(ROLES)}", reason="no_chat"
+            )
         turns.append((ROLES[role], text))
     if not turns or turns[0][0] != "user" or all(role != "assistant" or not text.strip() for role, text in turns):
-        raise RecordError(f"{key}: expected a question first, and an answer")
+        raise RecordError(f"{key}: expected a question first, and an answer", reason="no_chat")
     return turns

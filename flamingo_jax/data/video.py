@@ -66,19 +66,22 @@ def read_frames(
         raise
     except (av.FFmpegError, OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise RecordError(f"{key}: the video does not decode ({reason})") from None
+        raise RecordError(f"{key}: the video does not decode ({reason})", reason="does_not_decode") from None
     if len(found) < frames:
-        raise RecordError(f"{key}: a video of {end:.2f} s; {frames} frames, the last at {wanted[-1]:.2f} s, expected")
+        raise RecordError(
+            f"{key}: a video of {end:.2f} s; {frames} frames, the last at {wanted[-1]:.2f} s, expected",
+            reason="video_too_short",
+        )
     return found
 
 
 def _shown(container: Any, wanted: list[float], key: str) -> tuple[list[Image.Image], float]:
     """(the pictures at those of the times that are before the end, the end in seconds)."""
     if not container.streams.video:
-        raise RecordError(f"{key}: no pictures in it")
+        raise RecordError(f"{key}: no pictures in it", reason="no_pictures")
     stream = container.streams.video[0]
     if stream.codec_context is None:
-        raise RecordError(f"{key}: its pictures are of an unknown codec")
+        raise RecordError(f"{key}: its pictures are of an unknown codec", reason="unknown_codec")
     _check_size(stream.width, stream.height, key)
     stream.codec_context.options = {"max_pixels": str(transforms.MAX_PIXELS)}
     first = float((stream.start_time or 0) * stream.time_base)
@@ -104,7 +107,10 @@ def _decoded(container: Any, stream: Any, key: str) -> Generator[Any, None, None
     """At most MAX_DECODED frames, in the order in which they are shown."""
     for number, frame in enumerate(container.decode(stream)):
         if number == MAX_DECODED:
-            raise RecordError(f"{key}: {MAX_DECODED:,} frames decoded without an end; a lower rate of frames expected")
+            raise RecordError(
+                f"{key}: {MAX_DECODED:,} frames decoded without an end; a lower rate of frames expected",
+                reason="too_many_frames",
+            )
         if frame.pts is not None:
             yield frame
 
@@ -123,7 +129,8 @@ def _upright(frame: Any, key: str) -> Image.Image:
 def _check_size(width: int, height: int, key: str) -> None:
     if min(width, height) < 1 or width * height > transforms.MAX_PIXELS:
         raise RecordError(
-            f"{key}: frames of {width}×{height} pixels; from 1 to {transforms.MAX_PIXELS:,} in all expected"
+            f"{key}: frames of {width}×{height} pixels; from 1 to {transforms.MAX_PIXELS:,} in all expected",
+            reason="too_large",
         )
 
 

@@ -1,0 +1,102 @@
+"""Pages: texts, and media between them that are not decoded yet; and how they are decoded."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from clip_jax.data import transforms
+from clip_jax.errors import RecordError
+from flamingo_jax.data.documents import EndOfChunk, Text
+from flamingo_jax.data.video import VIDEO_SUFFIXES, read_frames
+
+MAX_CHARACTERS = 1_000_000  # of a page: a longer one is no page, and tokenising it takes minutes
+
+
+@dataclass(frozen=True)
+class Span:
+    """A file within a file: a tar's member."""
+
+    name: str
+    path: Path
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """Raises RecordError where the outer file ends before it."""
+        with self.path.open("rb") as file:
+            data = os.pread(file.fileno(), self.size, self.start)
+        if len(data) != self.size:
+            raise RecordError(f"{self.path}/{self.name}: cut off", reason="cut_off")
+        return data
+
+
+@dataclass(frozen=True)
+class Raw:
+    """An image, still encoded, or the file of an image or clip."""
+
+    where: bytes | Path | Span
+
+    def read(self, key: str) -> bytes:
+        """The encoded bytes. Raises RecordError, naming the file, where it can't be read."""
+        if isinstance(self.where, bytes):
+            return self.where
+        try:
+            return self.where.read() if isinstance(self.where, Span) else self.where.read_bytes()
+        except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
+            reason = getattr(error, "strerror", None) or str(error)
+            path = self.where.path if isinstance(self.where, Span) else self.where
+            raise RecordError(f"{str(path)[:300]}: can't be read ({reason})", reason="can_not_be_read") from None
+
+
+@dataclass(frozen=True)
+class Page:
+    """A document whose media are not decoded yet. `dropped`: why some of its images were left out, a reason for each.
+
+    Raises RecordError for texts that are too long together, or no valid Unicode.
+    """
+
+    key: str
+    parts: Sequence[Raw | Text | EndOfChunk]
+    dropped: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        texts = [part.text for part in self.parts if isinstance(part, Text)]
+        if (length := sum(map(len, texts))) > MAX_CHARACTERS:
+            raise RecordError(
+                f"{self.key}: {length:,} characters; at most {MAX_CHARACTERS:,} expected", reason="text_too_long"
+            )
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            where = f"character {error.start} is half a character"
+            raise RecordError(f"{self.key}: not valid Unicode ({where})", reason="text_not_unicode") from None
+
+    @property
+    def media(self) -> list[Raw]:
+        return [part for part in self.parts if isinstance(part, Raw)]
+
+
+class PageSource(Protocol):
+    """`pages[i]` raises RecordError, which names the record, for one that can't be used."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Page: ...
+
+
+def decode(raw: Raw, frames: int, key: str) -> list[Image.Image]:
+    """The image, or as many frames of the clip, as RGB: of a video at 1 a second, of an animated image evenly spaced.
+
+    Raises RecordError, naming the file or `key`, for what does not decode.
+    """
+    if isinstance(raw.where, bytes):
+        return [transforms.decode(raw.where, key)]
+    name = raw.where.name if isinstance(raw.where, Span) else str(raw.where)
+    key = f"{raw.where.path}/{name}" if isinstance(raw.where, Span) else name
+    if Path(name).suffix.lower() in VIDEO_SUFFIXES:
+        return read_frames(raw.read(key) if isinstance(raw.where, Span) else raw.where, frames, key=key)
+    return transforms.decode_frames(raw.read(key), frames, key)
