@@ -149,7 +149,7 @@ def test_every_way_in_which_shards_and_images_are_kept(images: Path, tmp_path: P
             (folder / name(8 * shard + i)).write_bytes(png(8 * shard + i))
     tar(tmp_path / "images_a.tar", {f"sub/{name(i)}": png(i) for i in range(8)})
     tar(tmp_path / "images_b.tar", {f"sub/{name(i)}": png(i) for i in range(8, 16)})
-    downloaded = {}
+    downloaded: dict[str, bytes] = {}
     for i in range(16):  # as img2dataset leaves them
         downloaded |= {f"{i:09}.jpg": png(i), f"{i:09}.json": json.dumps({"url": url(i), "status": "success"}).encode()}
     tar(tmp_path / "00000.tar", downloaded)
@@ -384,7 +384,7 @@ def test_obelics_with_its_images_kept_in_every_way(kept: str, tmp_path: Path) ->
             (tmp_path / "files" / (digest + (".png" if i % 2 else ""))).write_bytes(png(i))
         where = f"#{tmp_path}/files"
     elif kept == "img2dataset":
-        members = {}
+        members: dict[str, bytes] = {}
         for i in range(4):
             members |= {f"{i:05}.json": json.dumps({"url": url(i)}).encode(), f"{i:05}.png": png(i)}
         where = f"#{tar(tmp_path / '00000.tar', members)}"

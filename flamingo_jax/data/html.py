@@ -37,7 +37,7 @@ MAX_TAG = 8192  # characters: the parser's time grows with the square of what is
 LINKED = 0.5  # the share of a block's characters in links from which on it is boilerplate
 VOID = _words("area base br col embed hr img input link meta param source track wbr")
 DROPPED = _words(
-    "script style noscript template head nav header footer aside form button select option textarea iframe frame "
+    "script style noscript template head title nav header footer aside form button select option textarea iframe frame "
     "frameset object applet canvas svg math audio video map dialog menu"
 )
 INLINE = _words(
@@ -76,18 +76,14 @@ class Source:
 
 
 class HtmlPages:
-    """`html:FOLDER?LIMIT=VALUE&…`: its pages and those of its subfolders, in the order of their paths.
+    """`html:FOLDER?LIMIT=VALUE&…`: the pages in a folder and below, in the order of their paths; see `Limits`."""
 
-    `blocked`: words, lower-cased; a page that holds one of them is left out.
-    """
-
-    def __init__(self, spec: str, blocked: Sequence[str] = ()):
+    def __init__(self, spec: str):
         where, _, options = cut_options(spec)
         self.limits: Limits = read_options(Limits, options, f"html:{spec}")
         self.folder = Path(where)
         if not self.folder.is_dir():
             raise DataError(f"{where}: no such folder")
-        self._blocked = blocked_words(blocked)
         if not self.paths:
             raise DataError(f"{where}: no pages there (expected {', '.join(sorted(SUFFIXES))})")
 
@@ -122,8 +118,6 @@ class HtmlPages:
     def _check(self, parts: Sequence[Raw | Text], key: str) -> None:
         texts = [part.text for part in parts if isinstance(part, Text)]
         images, characters = len(parts) - len(texts), sum(map(len, texts))
-        if self._blocked and (found := self._blocked.search("\n".join(texts).casefold())):
-            raise LeftOutError(f"{key}: holds the blocked word {found[0]!r}", reason="blocked_word")
         if characters < self.limits.min_text:
             least = self.limits.min_text
             raise LeftOutError(
@@ -179,7 +173,7 @@ class HtmlPages:
             if not path.is_relative_to(root):
                 return "outside_the_folder"
             below = inside(root, str(path.relative_to(root)))
-            return below if below is not None and below.is_file() else "not there"
+            return below if below is not None and below.is_file() else "not_there"
         except (OSError, RuntimeError):
             return "not_there"
 
@@ -198,12 +192,6 @@ def read_html(path: Path) -> str:
         return data.decode(charset[1].decode("ascii") if charset else "utf-8", "replace")
     except (LookupError, UnicodeError):
         return data.decode("utf-8", "replace")
-
-
-def blocked_words(words: Sequence[str]) -> re.Pattern[str] | None:
-    """Finds a whole word, or several in a row, in casefolded text; None for no words."""
-    found = sorted({word.casefold().strip() for word in words if word.strip()}, key=len, reverse=True)
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, found))})(?!\w)") if found else None
 
 
 def parse(html: str, key: str = "page") -> list[Text | Source]:
@@ -232,11 +220,11 @@ def tamed(html: str) -> str:
         place = end.end() if end else len(html)
     kept.append(html[place:])
     pieces = re.sub(r"data:[^\"'<>\s]*", "data:", " ".join(kept)).split(">")
-    for i, piece in enumerate(pieces):
-        cut = len(piece) - MAX_TAG if i + 1 < len(pieces) else len(piece)
-        if cut > 0:
+    for i, piece in enumerate(pieces[:-1]):
+        if (cut := len(piece) - MAX_TAG) > 0:
             pieces[i] = piece[:cut].replace("<", "&lt;") + piece[cut:]
-    return ">".join(pieces)
+    last = re.sub(r"<[a-zA-Z/!?].*", "", pieces[-1], flags=re.DOTALL)  # a tag that is cut off
+    return ">".join([*pieces[:-1], last.replace("<", "&lt;")])
 
 
 _ENDS = {
