@@ -132,7 +132,7 @@ def test_published_pages_by_any_number_of_processes(workers: int, tmp_path: Path
     )
     job = Job(f"mmc4:{tmp_path}/docs.jsonl#{tmp_path}/images.tar?min_images=2", shard_size=3)
     counts = write_pages(job, tmp_path / "out", workers)
-    assert counts["left_out"] == {"too_few_images": 1, "no_field": 1}
+    assert counts["left_out"] == {"too_few_images": 1, "wrong_type": 1}
     written, source = open_pages("interleaved", written_spec(job, tmp_path / "out")), job.open()
     assert [said(written[i]) for i in range(4)] == [said(source[i]) for i in (0, 2, 3, 4)]
 

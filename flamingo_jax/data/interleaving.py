@@ -31,7 +31,6 @@ from flamingo_jax.data.documents import IMAGE_TAG, Text
 from flamingo_jax.data.filters import Refilled
 from flamingo_jax.data.media import Page, PageSource, Raw
 from flamingo_jax.data.pages import open_pages
-from flamingo_jax.data.video import VIDEO_SUFFIXES
 
 SETTINGS = "settings.json"
 
@@ -168,9 +167,8 @@ def _encoded(page: Page, with_text: bool) -> tuple[str, list[tuple[bytes, str]],
 def _checked(raw: Raw, key: str) -> tuple[bytes, str]:
     """(the bytes of an image or clip, the suffix of its format). Raises RecordError for one that does not decode."""
     data = raw.read(key)
-    name = "" if isinstance(raw.where, bytes) else raw.where.name
-    if (suffix := Path(name).suffix.lower()) in VIDEO_SUFFIXES:
-        return data, suffix
+    if raw.is_video:
+        return data, Path(raw.path).suffix.lower()
     transforms.decode(data, key)
     with Image.open(io.BytesIO(data)) as image:
         return data, f".{(image.format or 'image').lower()}".replace("jpeg", "jpg")

@@ -40,6 +40,17 @@ class Raw:
 
     where: bytes | Path | Span
 
+    @property
+    def path(self) -> str:
+        """Of its file, or of the tar and the file in it; "" for bytes."""
+        if isinstance(self.where, Span):
+            return f"{self.where.path}/{self.where.name}"
+        return "" if isinstance(self.where, bytes) else str(self.where)
+
+    @property
+    def is_video(self) -> bool:
+        return Path(self.path).suffix.lower() in VIDEO_SUFFIXES
+
     def read(self, key: str) -> bytes:
         """The encoded bytes. Raises RecordError, naming the file, where it can't be read."""
         if isinstance(self.where, bytes):
@@ -48,8 +59,7 @@ class Raw:
             return self.where.read() if isinstance(self.where, Span) else self.where.read_bytes()
         except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
             reason = getattr(error, "strerror", None) or str(error)
-            path = self.where.path if isinstance(self.where, Span) else self.where
-            raise RecordError(f"{str(path)[:300]}: can't be read ({reason})", reason="can_not_be_read") from None
+            raise RecordError(f"{self.path[:300]}: can't be read ({reason})", reason="can_not_be_read") from None
 
 
 @dataclass(frozen=True)
@@ -95,8 +105,7 @@ def decode(raw: Raw, frames: int, key: str) -> list[Image.Image]:
     """
     if isinstance(raw.where, bytes):
         return [transforms.decode(raw.where, key)]
-    name = raw.where.name if isinstance(raw.where, Span) else str(raw.where)
-    key = f"{raw.where.path}/{name}" if isinstance(raw.where, Span) else name
-    if Path(name).suffix.lower() in VIDEO_SUFFIXES:
-        return read_frames(raw.read(key) if isinstance(raw.where, Span) else raw.where, frames, key=key)
+    key = raw.path or key
+    if raw.is_video:
+        return read_frames(raw.where if isinstance(raw.where, Path) else raw.read(key), frames, key=key)
     return transforms.decode_frames(raw.read(key), frames, key)
