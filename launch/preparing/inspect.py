@@ -224,6 +224,13 @@ def amount(size: float) -> str:
     return f"{size:,.3g} GB"
 
 
+def short(value: float) -> str:
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:g}{unit}"
+    return f"{value:g}"
+
+
 def page(findings: Findings) -> str:
     import jinja2
 
@@ -259,7 +266,7 @@ def histograms(findings: Findings) -> str:
     """Sizes, aspects, encoded sizes and lengths of texts, as one SVG in a data URI; "" where nothing was sound."""
     import numpy as np
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     aspects = [w / h for w, h in zip(findings.widths, findings.heights, strict=True)]
     shorter = [min(w, h) for w, h in zip(findings.widths, findings.heights, strict=True)]
@@ -290,11 +297,8 @@ def histograms(findings: Findings) -> str:
         ax.tick_params(labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
         if log:
-            formatter = matplotlib.ticker.FuncFormatter(
-                lambda value, _: f"{value:g}" if value < 1e4 else f"{value:.0e}"
-            )
             ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high < 100 * low else (1.0,)))
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
             ax.xaxis.set_minor_formatter(NullFormatter())
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
