@@ -246,7 +246,7 @@ def _turns(record: Mapping[str, Any], key: str) -> list[tuple[str, str]]:
             )
         if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
             raise RecordError(
-                f"{key}: a turn of {role!r}; expected a text of one of {', '.join(ROLES)}", reason="no_chat"
+                f"{key}: a turn of {role!r:.60}; expected a text of one of {', '.join(ROLES)}", reason="no_chat"
             )
         turns.append((ROLES[role], text))
     if not turns or turns[0][0] != "user" or all(role != "assistant" or not text.strip() for role, text in turns):
