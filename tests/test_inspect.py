@@ -3,7 +3,6 @@
 import json
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +45,6 @@ def test_hostile_texts_are_shown_and_not_run(tmp_path: Path, monkeypatch: pytest
     pairs = [Pair(f"{text}.key", noise(70), text) for text in HOSTILE]
     pairs += [Pair(f"bad {text}", text.encode(), "a text") for text in HOSTILE]
     monkeypatch.setitem(SOURCES, "made", lambda where: pairs)
-    monkeypatch.setitem(inspect_pages(), "made", pages_of(pairs))
     page = inspected(tmp_path, "made:<script>alert(2)</script>")
     tags = {tag for tag, _ in page.tags}
     assert tags <= {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "b", "table", "tr", "th",
@@ -62,25 +60,12 @@ def test_hostile_texts_are_shown_and_not_run(tmp_path: Path, monkeypatch: pytest
     assert "8of 16 read are sound" in page.text.replace("\n", "") and "50.0 %damaged" in page.text.replace("\n", "")
 
 
-def inspect_pages() -> dict[str, Any]:
-    from flamingo_jax.data.pages import PAGES
-
-    return PAGES["pairs"]
-
-
-def pages_of(pairs: list[Pair]) -> Any:
-    from flamingo_jax.data.pages import PairPages
-
-    return lambda where: PairPages("made:x")
-
-
 def test_figures_are_those_of_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     sides = rng.integers(70, 200, (20, 2)).tolist()
     pairs = [Pair(f"{i}", noise(w, h, "jpeg"), "word " * (i + 1)) for i, (w, h) in enumerate(sides)]
     pairs += [Pair("empty", noise(), " "), Pair("twin", pairs[3].image, pairs[3].text)]
     monkeypatch.setitem(SOURCES, "made", lambda where: pairs)
-    monkeypatch.setitem(inspect_pages(), "made", pages_of(pairs))
     found = inspect.look("pairs", "made:x", 100, 5, 8, seed=3)
     assert (found.records, found.read, found.sound, len(found.shown)) == (22, 22, 21, 5)
     order = [int(np.flatnonzero([p.text == "word " * w for p in pairs])[0]) for w in found.words]
@@ -123,7 +108,7 @@ def test_pages_clips_and_what_filters_leave_out(tmp_path: Path, capsys: pytest.C
     for arguments, message in (
         ([f"json:{tmp_path}/clips.jsonl"], "is it clips, interleaved or chats. --kind says it"),
         (["emoji:train", "--kind", "pages"], "data of kind 'pages': expected one of"),
-        (["other:x"], "pairs 'other:x': expected KIND:WHERE"),
+        (["other:x"], "data source 'other:x': expected KIND:WHERE"),
         (["emoji:train", "-n", "0"], "at least one record"),
         (["emoji:train", "--output", f"{tmp_path}/none/page.html"], "none: no such folder"),
     ):

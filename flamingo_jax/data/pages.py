@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from clip_jax.data.order import permute
 from clip_jax.data.pipeline import check_named
-from clip_jax.data.sources import SOURCES, open_source
+from clip_jax.data.sources import open_source
 from clip_jax.errors import ConfigError, DataError, RecordError
 from flamingo_jax.data.documents import END, IMAGE_TAG, EndOfChunk, Text, cut_at_tags, with_ends
 from flamingo_jax.data.filters import Refilled, cut_options
@@ -173,7 +173,7 @@ def _tags_first(words: str) -> tuple[str, str]:
 
 
 PAGES: dict[str, dict[str, Callable[[str], PageSource]]] = {
-    "pairs": {kind: partial(lambda kind, where: PairPages(f"{kind}:{where}"), kind) for kind in SOURCES},
+    "pairs": {},  # all that `open_source` opens, what was entered in SOURCES later, too
     "clips": {"json": partial(open_json, read=clip_page)},
     "interleaved": {
         "json": partial(open_json, read=interleaved_page),
@@ -197,6 +197,8 @@ def open_pages(kind: str, spec: str) -> PageSource:
     if kind not in PAGES:
         near = difflib.get_close_matches(kind, PAGES, n=1, cutoff=0.0)[0]
         raise ConfigError(f"data of kind {kind!r}: expected one of {', '.join(PAGES)}; did you mean {near}?")
+    if kind == "pairs":
+        return PairPages(spec)
     name, _, where = spec.partition(":")
     if name not in PAGES[kind] or not where:
         raise DataError(f"{kind} {spec!r}: expected KIND:WHERE with KIND one of {', '.join(PAGES[kind])}")

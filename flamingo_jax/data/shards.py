@@ -47,13 +47,16 @@ class Recent(Generic[V]):
         self._kept: OrderedDict[Hashable, V] = OrderedDict()
 
     def __call__(self, key: Hashable) -> V:
-        with self._lock:  # making one twice would cost more than waiting
-            if key not in self._kept:
-                self._kept[key] = self._make(key)
-                if len(self._kept) > RECENT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        made = self._make(key)  # by several threads at a time; of one key seldom
+        with self._lock:
+            self._kept[key] = made
+            while len(self._kept) > RECENT:
+                self._kept.popitem(last=False)
+        return made
 
 
 def expand(where: str) -> list[Path]:

@@ -53,10 +53,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def kind_of(spec: str) -> str:
     """The kind whose sources a spec is one of. Raises ConfigError where it may be of several."""
+    from clip_jax.data.sources import SOURCES
     from flamingo_jax.data.pages import PAGES
 
     name = spec.partition(":")[0]
-    kinds = [kind for kind, formats in PAGES.items() if name in formats]
+    kinds = [kind for kind, formats in (PAGES | {"pairs": SOURCES}).items() if name in formats]
     if len(kinds) > 1:
         raise ConfigError(f"{spec}: is it {', '.join(kinds[:-1])} or {kinds[-1]}? --kind says it")
     return kinds[0] if kinds else "pairs"
