@@ -6,7 +6,7 @@
     python -m launch.train --config configs/flamingo/idefics_9b.py --workdir runs/idefics_9b \\
         --config.init.vision=runs/vit-h-14 --config.init.language_model=runs/llama-7b \\
         --config.data.tokenizer=runs/llama-7b/checkpoints/00000000/tokenizer.json \\
-        --config.data.mixture.pages.source="mmc4/{00000..23098}.tar" \\
+        --config.data.mixture.pages.source="mmc4:mmc4/*.tar?min_similarity=0.24&min_bytes=10000" \\
         --config.data.mixture.pairs.source="tar:laion2b/{00000..231349}.tar"
 
 COST `configs/flamingo/idefics_9b.py:debug` takes seconds.

@@ -6,7 +6,7 @@
     python -m launch.train --config configs/flamingo/open_flamingo_3b.py --workdir runs/open_flamingo_3b \\
         --config.init.vision=runs/vit-l-14 --config.init.language_model=runs/mpt-1b-redpajama-200b \\
         --config.data.tokenizer=runs/mpt-1b-redpajama-200b/checkpoints/00000000/tokenizer.json \\
-        --config.data.mixture.pages.source="mmc4/{00000..23098}.tar" \\
+        --config.data.mixture.pages.source="mmc4:mmc4/*.tar?min_similarity=0.24&min_bytes=10000" \\
         --config.data.mixture.pairs.source="tar:laion2b/{00000..231349}.tar"
 
 COST `configs/flamingo/open_flamingo_3b.py:debug` takes seconds.
