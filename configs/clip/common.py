@@ -74,6 +74,14 @@ def released(variant: str) -> ml_collections.ConfigDict:
     return config
 
 
+def rematerialised(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same config, keeping no more than each block's input for the backward pass, in towers that can."""
+    for tower in (config.model.vision, config.model.text):
+        if "remat" in tower:
+            tower.remat = "full"
+    return config
+
+
 def run_keys(config: ml_collections.ConfigDict) -> None:
     """How a run survives and is watched; with other values of these, but for `spike_factor`, it may be resumed."""
     config.keep = 2  # newest checkpoints

@@ -13,11 +13,11 @@ COST `configs/clip/finetune.py:debug` takes seconds on a CPU, from a run of `vit
 
 import ml_collections
 
-from configs.clip.common import debug, emoji_data, released
+from configs.clip.common import debug, emoji_data, released, rematerialised
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    config = released("ViT-B/32" if arg in ("", "debug") else arg)
+    config = rematerialised(released("ViT-B/32" if arg in ("", "debug") else arg))
     config.batch_size = 256
     config.steps = 1000
     config.log_every, config.evaluate_every, config.checkpoint_every = 10, 250, 250

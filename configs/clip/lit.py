@@ -12,7 +12,7 @@ Needs the quickstart's CLIP in runs/quickstart/clip. Cost: minutes on 2 CPU core
 
 import ml_collections
 
-from configs.clip.common import clip_config
+from configs.clip.common import clip_config, rematerialised
 from configs.clip.quickstart import get_config as quickstart
 
 
@@ -23,8 +23,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             config.steps = 500
         config.init.vision = "runs/quickstart/clip"
     else:
-        config = clip_config(arg)
+        config = rematerialised(clip_config(arg))
         config.data.tokenizer = "openai"
+        config.model.dtype = "bfloat16"
         config.batch_size = 16384
         config.steps = 55000
         config.optimizer.lr = 1e-3
