@@ -111,7 +111,9 @@ def replica(variant: str, images: int, bos: str, arg: str = "") -> ml_collection
     config.optimizer.warmup_steps = 1875
     config.data.mean, config.data.std = MEAN, STD
     config.data.bos = bos
-    config.data.mixture.pages = stream(images=images, frames=1, tokens=256, batch_size=1024, weight=1.0, kind="interleaved")
+    config.data.mixture.pages = stream(
+        images=images, frames=1, tokens=256, batch_size=1024, weight=1.0, kind="interleaved"
+    )
     config.data.mixture.pairs = stream(images=1, frames=1, tokens=32, batch_size=2048, weight=0.2, kind="pairs")
     return debug(config) if arg == "debug" else config
 
