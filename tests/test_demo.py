@@ -133,7 +133,7 @@ def loaded(clip_run: Path) -> Loaded:
     return load(clip_run)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def visitor(served: demo.Served) -> gradio_client.Client:
     return visit(served)
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -31,7 +32,8 @@ class Tab:
     """The page in one browser, seen through the tab that is open."""
 
     def __init__(self, driver: webdriver.Chrome, address: str):
-        self.driver, self.wait = driver, WebDriverWait(driver, 60, 0.1)
+        gone = [StaleElementReferenceException, IndexError]  # what is drawn anew while it is read
+        self.driver, self.wait = driver, WebDriverWait(driver, 60, 0.1, gone)
         driver.get("data:,")
         driver.get_log("performance")  # what came before is not the page's
         driver.get(address)
@@ -43,8 +45,12 @@ class Tab:
     def open(self, name: str) -> None:
         self.seen(f"//button[@role='tab'][normalize-space()='{name}']")[0].click()
 
-    def click(self, name: str) -> None:
-        self.wait.until(lambda _: self.seen(f"//button[normalize-space()='{name}']"))[0].click()
+    def click(self, name: str, which: int = 0) -> None:
+        def clicked(_: object) -> bool:
+            self.seen(f"//button[normalize-space()='{name}']")[which].click()
+            return True
+
+        self.wait.until(clicked)
 
     def field(self, label: str) -> WebElement:
         path = f"//label[.//span[normalize-space()='{label}']]//*[self::textarea or self::input]"
@@ -160,9 +166,9 @@ def test_flamingo_asks_captions_builds_and_chats(served: demo.Served, tab: Tab, 
     tab.click("Go on")
     texts = ["Question: what? Answer: red", "Question: what? Answer:"]
     tab.holds("Flamingo", directly(loaded, [[red, lime]], *texts)[0])
-    tab.seen("//button[normalize-space()='↓']")[2].click()  # the answer, after the end
+    tab.click("↓", 2)  # the answer, after the end
     tab.holds("What the model reads", "<image>Question: what? Answer:<EOC> red<image>Question: what? Answer:")
-    tab.seen("//button[normalize-space()='✕']")[2].click()
+    tab.click("✕", 2)
     tab.holds("What the model reads", "<image>Question: what? Answer: red<image>Question: what? Answer:")
 
     tab.open("Chat")
