@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m launch.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     one.set_defaults(run=main)
+    one.add_argument("--debug", action="store_true", help="show where an error came from")
     models = one.add_argument_group("models")
     models.add_argument("--clip", metavar="SPEC", help="a run's workdir, a checkpoint, or what clip_jax.load takes")
     models.add_argument("--flamingo", metavar="SPEC", help="the same of flamingo_jax.load")
