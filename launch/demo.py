@@ -39,11 +39,11 @@ def parser() -> argparse.ArgumentParser:
     models = one.add_argument_group("models")
     models.add_argument("--clip", metavar="SPEC", help="a run's workdir, a checkpoint, or what clip_jax.load takes")
     models.add_argument("--flamingo", metavar="SPEC", help="the same of flamingo_jax.load")
-    for name in ("clip", "flamingo"):
+    for flag in ("--clip-option", "--flamingo-option"):
+        load = f"{flag[2:].removesuffix('-option')}_jax.load"
         models.add_argument(
-            f"--{name}-option", action="append", default=[], metavar="KEY=VALUE",
-            help=f"what {name}_jax.load is told beside; may be repeated",
-        )  # fmt: skip
+            flag, action="append", default=[], metavar="KEY=VALUE", help=f"what {load} is told beside; may be repeated"
+        )
     models.add_argument("--batch-size", type=positive, default=16, metavar="N", help="of CLIP; default: 16")
     models.add_argument("--talk-together", type=positive, default=4, metavar="N", help="of Flamingo; default: 4")
     models.add_argument("--max-new-tokens", type=positive, default=48, metavar="N", help="of an answer; default: 48")
