@@ -62,8 +62,8 @@ class Parser(argparse.ArgumentParser):
         return one
 
 
-def run(parser: Parser, argv: Sequence[str] | None) -> None:
-    """Parses the arguments and calls the command with them; exits with its outcome.
+def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    """Parses the arguments and calls what `run` is set to with them (it needs `debug`, too); exits with its outcome.
 
     0: done; 1: an error, in one line; 2: arguments that are none; 130: stopped by Ctrl-C.
     """

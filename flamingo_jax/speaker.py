@@ -3,6 +3,7 @@
 Dimensions: B prompts of L tokens, T images, N continuations.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -42,13 +43,22 @@ class Speaker:
     """
 
     def __init__(self, loaded: Loaded, mesh: Mesh, manner: Manner = Manner(), batch_size: int = 1):
-        self.loaded, self.mesh, self.manner = loaded, mesh, manner
-        parts = sharding.batch_shards(mesh)
-        self.batch_size = batch_size if batch_size == 1 else -(-batch_size // parts) * parts
-        self._where = sharding.replicated(mesh) if self.batch_size == 1 else sharding.batch_sharding(mesh)
-        self._key = jax.random.key(manner.seed)
+        self.loaded, self.mesh = loaded, mesh
+        self._set(manner, batch_size)
         with self._mesh():
             self._variables = decoding.unstack(loaded.params)
+
+    def _set(self, manner: Manner, batch_size: int) -> None:
+        self.manner, parts = manner, sharding.batch_shards(self.mesh)
+        self.batch_size = batch_size if batch_size == 1 else -(-batch_size // parts) * parts
+        self._where = sharding.replicated(self.mesh) if self.batch_size == 1 else sharding.batch_sharding(self.mesh)
+        self._key = jax.random.key(manner.seed)
+
+    def but(self, manner: Manner, batch_size: int) -> "Speaker":
+        """The same model, in the same memory, in another manner."""
+        other = copy.copy(self)
+        other._set(manner, batch_size)
+        return other
 
     def begin(self, caption: str | None = None, question: str | None = None) -> Prompt:
         """See `flamingo_jax.data.prompts.begin`."""
@@ -75,25 +85,32 @@ class Speaker:
 
     def say_aloud(self, prompt: Prompt, shape: Shape, listen: Callable[[str], Any]) -> str:
         """The same for one prompt; `listen` gets the text piece by piece as it comes (with beams, whole)."""
-        ids: list[int] = []
-        heard = ""
+        (text,) = self.say_together([prompt], shape, [listen])
+        return text
 
-        def hear(text: str) -> None:
-            nonlocal heard
-            if len(text) > len(heard):
-                listen(text[len(heard) :])
-                heard = text
+    def say_together(
+        self, prompts: Sequence[Prompt], shape: Shape, listeners: Sequence[Callable[[str], Any]]
+    ) -> list[str]:
+        """`say`, with a listener for each prompt. What a listener raises ends it."""
+        ids: list[list[int]] = [[] for _ in prompts]
+        heard = [""] * len(prompts)
+
+        def hear(row: int, text: str) -> None:
+            if len(text) > len(heard[row]):
+                listeners[row](text[len(heard[row]) :])
+                heard[row] = text
 
         def take(tokens_Bx1: np.ndarray) -> None:
-            token = int(tokens_Bx1[0, 0])
-            if token >= 0 and token not in self.loaded.stop_ids:
-                ids.append(token)
-                hear(settled(self._decode(ids), self.manner.stop))
+            for row, token in enumerate(tokens_Bx1[: len(prompts), 0].tolist()):
+                if token >= 0 and token not in self.loaded.stop_ids:
+                    ids[row].append(token)
+                    hear(row, settled(self._decode(ids[row]), self.manner.stop))
 
-        batch = self._batch([prompt], shape)
-        (text,) = self._texts(self._generate(batch, None if self.manner.num_beams > 1 else take), 1)
-        hear(text)
-        return text
+        batch = self._batch(prompts, shape)
+        texts = self._texts(self._generate(batch, None if self.manner.num_beams > 1 else take), len(prompts))
+        for row, text in enumerate(texts):
+            hear(row, text)
+        return texts
 
     def score(self, prompt: Prompt, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """How likely each text is to follow the prompt: (log p, the sum over its tokens; the tokens' number), [N] each.
