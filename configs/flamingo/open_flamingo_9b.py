@@ -2,7 +2,7 @@
 
     python -m clip_jax.cli import openai:ViT-L-14.pt runs/vit-l-14
     python -m flamingo_jax.cli import hf:mpt-7b runs/mpt-7b
-    python -m launch.plan --config configs/flamingo/open_flamingo_9b.py --topology v5e:8x8
+    python -m launch.plan --config configs/flamingo/open_flamingo_9b.py --topology v5e:16x16
     python -m launch.train --config configs/flamingo/open_flamingo_9b.py --workdir runs/open_flamingo_9b \\
         --config.init.vision=runs/vit-l-14 --config.init.language_model=runs/mpt-7b \\
         --config.data.tokenizer=runs/mpt-7b/checkpoints/00000000/tokenizer.json \\
