@@ -18,6 +18,7 @@ from absl import flags
 from clip_jax.errors import ConfigError
 from clip_jax.sharding import make_mesh
 from clip_jax.training.loop import train
+from clip_jax.training.preemption import StoppedError
 from launch import command
 from launch.planning.ideal import ideal_seconds
 from launch.tasks import build_task
@@ -30,8 +31,12 @@ def main(config: ml_collections.ConfigDict) -> None:
         raise ConfigError("--workdir is missing: name a directory for the run")
     mesh = make_mesh(config.mesh.to_dict(), jax.devices())
     ideal = ideal_seconds(config, build_task, jax.devices())
-    state = train(config, build_task(config, mesh), Path(WORKDIR.value), mesh, ideal)
-    if int(state.step) < config.steps:
+    try:
+        state = train(config, build_task(config, mesh), Path(WORKDIR.value), mesh, ideal)
+        stopped = int(state.step) < config.steps
+    except StoppedError:
+        stopped = True
+    if stopped:
         sys.exit(int(os.environ.get("STOPPED_EXIT_CODE", "0")))
 
 

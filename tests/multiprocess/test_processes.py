@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from line_task import LineTask, run
+from line_task import LineTask, run, run_together
 from processes import Running, launch_train, start, start_several
 from test_flamingo_task import flags_of, runs  # noqa: F401  (a fixture)
 from test_surviving import facts, steps
@@ -26,9 +26,9 @@ def slow_train() -> None:
 
     reached = Preemption.reached
 
-    def later(self: Preemption, step: int) -> bool:
+    def later(self: Preemption) -> bool:
         time.sleep(0.4)
-        return reached(self, step)
+        return reached(self)
 
     Preemption.reached = later  # type: ignore[method-assign]
     launch_train()
@@ -97,6 +97,30 @@ def test_nobody_waits_for_a_process_that_died(tmp_path: Path) -> None:
     both[1].send(signal.SIGKILL)
     assert both[0].wait(seconds=60) not in (0, None)
     assert both[1].wait() == -signal.SIGKILL
+
+
+def hang_together(workdir: str) -> None:
+    """Many steps; says when the fifth is over."""
+
+    def during(n: int) -> None:
+        time.sleep(0.1)
+        if n == 5:
+            print("five", flush=True)
+
+    run_together(Path(workdir), LineTask(during=during), steps=1000, watchdog__step_seconds=6.0)
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_nobody_waits_for_a_process_that_hangs(tmp_path: Path, hung: int) -> None:
+    both = start_several(2, tmp_path / "log", devices=1, main=hang_together, arguments=[str(tmp_path / "run")])
+    both[0].wait_for("five")
+    both[hung].send(signal.SIGSTOP)
+    assert both[1 - hung].wait(seconds=60) == 1
+    text = both[1 - hung].text()
+    assert "Timeout (0:00:06)!" in text and text.count("Thread 0x") > 2 and "loop.py" in text
+    both[hung].send(signal.SIGCONT)  # it finds itself late, or alone
+    assert both[hung].wait(seconds=60) not in (0, None)
+    assert steps(tmp_path / "run")  # what was saved stays
 
 
 def hang(workdir: str) -> None:
