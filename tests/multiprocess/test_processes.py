@@ -3,7 +3,9 @@
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -121,6 +123,46 @@ def test_nobody_waits_for_a_process_that_hangs(tmp_path: Path, hung: int) -> Non
     both[hung].send(signal.SIGCONT)  # it finds itself late, or alone
     assert both[hung].wait(seconds=60) not in (0, None)
     assert steps(tmp_path / "run")  # what was saved stays
+
+
+class LongEvaluation(LineTask):
+    """At step 4 one of a thousand batches, of which the tenth is told; the others are short."""
+
+    def evaluate(self, params: Any, state: Any, mesh: Any, between: Callable[[], None]) -> dict[str, float]:
+        for batch in range(1000 if self.long else 1):
+            between()
+            time.sleep(0.05 if self.long else 0)
+            if batch == 10:
+                print("ten", flush=True)
+        return super().evaluate(params, state, mesh, between)
+
+    long = True
+
+
+def evaluate_long(workdir: str) -> None:
+    run_together(Path(workdir), LongEvaluation(), evaluate_every=4, checkpoint_every=3)
+
+
+def evaluate_short(workdir: str) -> None:
+    task = LongEvaluation()
+    task.long = False
+    run_together(Path(workdir), task, evaluate_every=4, checkpoint_every=3)
+
+
+def test_a_signal_during_an_evaluation_stops_all_processes_between_two_batches(tmp_path: Path) -> None:
+    both = start_several(2, tmp_path / "log", devices=1, main=evaluate_long, arguments=[str(tmp_path / "run")])
+    both[0].wait_for("ten")
+    both[1].send(signal.SIGTERM)
+    for process in both:
+        process.succeed()
+        assert "the evaluation of step 4 is cut short" in process.text() and "stopped at step 4 of 6" in process.text()
+    assert steps(tmp_path / "run") == [3, 4]
+    for run_of in ("run", "whole"):
+        for process in start_several(2, tmp_path / "log", devices=1, main=evaluate_short,
+                                     arguments=[str(tmp_path / run_of)]):  # fmt: skip
+            process.succeed()
+    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+    assert [int(row["step"]) for row in facts(tmp_path / "whole") if "evaluation/w0" in row] == [4, 6]
 
 
 def hang(workdir: str) -> None:
