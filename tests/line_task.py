@@ -14,7 +14,7 @@ from clip_jax.data.pipeline import Stream
 from clip_jax.training.loop import train
 from clip_jax.training.state import TrainState
 from configs.flamingo.common import run_config
-from launch import cluster
+from launch import command
 
 BATCH = 4
 W = np.arange(1.0, 5.0, dtype=np.float32)
@@ -75,15 +75,9 @@ def config_of(**changes: Any) -> ml_collections.ConfigDict:
     return config
 
 
-def run_together(workdir: Path, task: LineTask | None = None, **changes: Any) -> TrainState:
-    """The same over all devices of all processes that the environment names."""
-    cluster.initialize()
-    return train(
-        config_of(**changes),
-        task or LineTask(),
-        workdir,
-        sharding.make_mesh({"fsdp": jax.device_count()}, jax.devices()),
-    )
+def run_together(workdir: Path, task: LineTask | None = None, **changes: Any) -> None:
+    """The same as a command, over all devices of all processes that the environment names."""
+    command.run(lambda: train(config_of(**changes), task or LineTask(), workdir, sharding.make_mesh()))
 
 
 def run(workdir: Path, task: LineTask | None = None, ideal_seconds: float | None = None, **changes: Any) -> TrainState:

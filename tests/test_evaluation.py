@@ -74,7 +74,7 @@ def test_accuracy_at_k() -> None:
 
 
 def test_an_encoder_asks_before_every_batch_whether_to_go_on() -> None:
-    asked = []
+    asked: list[int] = []
 
     def between() -> None:
         asked.append(len(asked))

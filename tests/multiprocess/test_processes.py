@@ -1,12 +1,14 @@
 """Runs of several processes: the same figures, the same step to stop at, and nobody left waiting."""
 
 import re
+import resource
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -107,7 +109,7 @@ def hang_together(workdir: str) -> None:
     def during(n: int) -> None:
         time.sleep(0.1)
         if n == 5:
-            print("five", flush=True)
+            print("the fifth step", flush=True)
 
     run_together(Path(workdir), LineTask(during=during), steps=1000, watchdog__step_seconds=6.0)
 
@@ -115,7 +117,7 @@ def hang_together(workdir: str) -> None:
 @pytest.mark.parametrize("hung", [0, 1])
 def test_nobody_waits_for_a_process_that_hangs(tmp_path: Path, hung: int) -> None:
     both = start_several(2, tmp_path / "log", devices=1, main=hang_together, arguments=[str(tmp_path / "run")])
-    both[0].wait_for("five")
+    both[0].wait_for("the fifth step")
     both[hung].send(signal.SIGSTOP)
     assert both[1 - hung].wait(seconds=60) == 1
     text = both[1 - hung].text()
@@ -133,7 +135,7 @@ class LongEvaluation(LineTask):
             between()
             time.sleep(0.05 if self.long else 0)
             if batch == 10:
-                print("ten", flush=True)
+                print("the tenth batch", flush=True)
         return super().evaluate(params, state, mesh, between)
 
     long = True
@@ -151,7 +153,7 @@ def evaluate_short(workdir: str) -> None:
 
 def test_a_signal_during_an_evaluation_stops_all_processes_between_two_batches(tmp_path: Path) -> None:
     both = start_several(2, tmp_path / "log", devices=1, main=evaluate_long, arguments=[str(tmp_path / "run")])
-    both[0].wait_for("ten")
+    both[0].wait_for("the tenth batch")
     both[1].send(signal.SIGTERM)
     for process in both:
         process.succeed()
@@ -163,6 +165,43 @@ def test_a_signal_during_an_evaluation_stops_all_processes_between_two_batches(t
             process.succeed()
     assert facts(tmp_path / "run") == facts(tmp_path / "whole")
     assert [int(row["step"]) for row in facts(tmp_path / "whole") if "evaluation/w0" in row] == [4, 6]
+
+
+class SplitLine(LineTask):
+    """Half of its weights in each of two processes."""
+
+    def init(self, rng: jax.Array) -> tuple[Any, Any]:
+        params, state = super().init(rng)
+        return {"line": {"w": nn.LogicallyPartitioned(params["line"]["w"], ("embed",))}}, state
+
+
+def fill_a_disk(workdir: str, full: int) -> None:
+    """From the evaluation of step 3 to that of step 7 one process can't write."""
+
+    def during(n: int) -> None:
+        if n in (3, 7) and jax.process_index() == full:
+            size = 1 if n == 3 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    run_together(Path(workdir), SplitLine(during=during), steps=9, checkpoint_every=1, keep=100)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_where_one_process_alone_fails_a_save_all_go_on_and_say_so(tmp_path: Path, full: int) -> None:
+    workdir = tmp_path / "run"
+    both = start_several(2, tmp_path / "log", devices=1, main=fill_a_disk, arguments=[str(workdir), full])
+    for process in both:
+        process.succeed()
+    found = steps(workdir)
+    assert set(found) - {3, 7} == {1, 2, 8, 9}  # those in between failed
+    for step in found:
+        checkpoint.verify(workdir / "checkpoints" / f"{step:08d}")
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {f"{step:08d}" for step in found}
+    other = both[1 - full].text()  # the full one's log has no room for more
+    assert f"00000005: NOT SAVED: process {full} failed" in other
+    assert "The run goes on; finished checkpoints: 1, 2" in other
+    rows = [row for row in facts(workdir) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 10)) and rows[-1]["failed_saves"] >= 3
 
 
 def hang(workdir: str) -> None:
