@@ -61,11 +61,15 @@ def check(workdir: Path, whole: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("family", ["clip", pytest.param("flamingo", marks=pytest.mark.slowest)])
+@pytest.mark.parametrize(
+    "family", ["clip", *(pytest.param(f, marks=pytest.mark.slowest) for f in ("siglip", "flamingo"))]
+)
 def test_a_run_moves_from_four_processes_to_two_and_to_one(
     tmp_path: Path, request: pytest.FixtureRequest, family: str
 ) -> None:
     flags = CLIP
+    if family == "siglip":
+        flags += ("--config.loss=sigmoid",)
     if family == "flamingo":
         flags = ("--config=configs/flamingo/quickstart.py:debug", *flags_of(request.getfixturevalue("runs")),
                  "--config.steps=12", "--config.evaluation.quick=0")  # fmt: skip
@@ -114,7 +118,7 @@ def hang_together(workdir: str) -> None:
     run_together(Path(workdir), LineTask(during=during), steps=1000, watchdog__step_seconds=6.0)
 
 
-@pytest.mark.parametrize("hung", [0, 1])
+@pytest.mark.parametrize("hung", [0, pytest.param(1, marks=pytest.mark.slowest)])
 def test_nobody_waits_for_a_process_that_hangs(tmp_path: Path, hung: int) -> None:
     both = start_several(2, tmp_path / "log", devices=1, main=hang_together, arguments=[str(tmp_path / "run")])
     both[0].wait_for("the fifth step")
@@ -159,12 +163,13 @@ def test_a_signal_during_an_evaluation_stops_all_processes_between_two_batches(t
         process.succeed()
         assert "the evaluation of step 4 is cut short" in process.text() and "stopped at step 4 of 6" in process.text()
     assert steps(tmp_path / "run") == [3, 4]
-    for run_of in ("run", "whole"):
-        for process in start_several(2, tmp_path / "log", devices=1, main=evaluate_short,
-                                     arguments=[str(tmp_path / run_of)]):  # fmt: skip
-            process.succeed()
-    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
-    assert [int(row["step"]) for row in facts(tmp_path / "whole") if "evaluation/w0" in row] == [4, 6]
+    for process in start_several(2, tmp_path / "log", devices=1, main=evaluate_short,
+                                 arguments=[str(tmp_path / "run")]):  # fmt: skip
+        process.succeed()
+    run(tmp_path / "whole", evaluate_every=4, checkpoint_every=3)
+    rows, expected = facts(tmp_path / "run"), facts(tmp_path / "whole")
+    assert [int(row["step"]) for row in rows if "evaluation/w0" in row] == [4, 6]
+    assert rows == [pytest.approx(row, rel=1e-5) for row in expected]
 
 
 class SplitLine(LineTask):
@@ -186,7 +191,7 @@ def fill_a_disk(workdir: str, full: int) -> None:
     run_together(Path(workdir), SplitLine(during=during), steps=9, checkpoint_every=1, keep=100)
 
 
-@pytest.mark.parametrize("full", [0, 1])
+@pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.slowest), 1])
 def test_where_one_process_alone_fails_a_save_all_go_on_and_say_so(tmp_path: Path, full: int) -> None:
     workdir = tmp_path / "run"
     both = start_several(2, tmp_path / "log", devices=1, main=fill_a_disk, arguments=[str(workdir), full])
