@@ -29,6 +29,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoint
 def main(config: ml_collections.ConfigDict) -> None:
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: name a directory for the run")
+    if "://" in WORKDIR.value:  # pathlib would make a directory "gs:" here, which no other host sees
+        raise ConfigError(
+            f"--workdir {WORKDIR.value}: a directory is expected; mount the bucket, and name a directory in it "
+            "(launch/README.md)"
+        )
     mesh = make_mesh(config.mesh.to_dict(), jax.devices())
     ideal = ideal_seconds(config, build_task, jax.devices())
     try:

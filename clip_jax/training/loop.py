@@ -176,8 +176,8 @@ class _Run:
                     step_fn = step_fn.lower(state, batch).compile()
                 meter.program_bytes = program_bytes(step_fn)
                 self.watchdog.step()
-            self.profile.before(step)
-            state, metrics = step_fn(state, batch)
+            with self.profile.step(step):
+                state, metrics = step_fn(state, batch)
             self.profile.after(step, metrics)
             if pending is not None:  # one step late: the device is busy with the next by now
                 self.check(*pending)
