@@ -43,6 +43,10 @@ def run(main: Callable[..., Any], *, with_config: bool = False) -> None:
                 raise ConfigError("--config is missing: name a file such as configs/clip/quickstart.py")
             else:
                 main(config.value)
+            jax.distributed.shutdown()  # here, as what waits for other processes holds up Python's own end
+        except SystemExit:  # a run that was stopped
+            jax.distributed.shutdown()
+            raise
         except UserError as error:
             if DEBUG.value:
                 raise

@@ -18,6 +18,7 @@ from absl import flags
 from clip_jax.errors import ConfigError
 from clip_jax.sharding import make_mesh
 from clip_jax.training.loop import train
+from clip_jax.training.preemption import StoppedError
 from launch import command
 from launch.planning.ideal import ideal_seconds
 from launch.tasks import build_task
@@ -28,10 +29,19 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoint
 def main(config: ml_collections.ConfigDict) -> None:
     if not WORKDIR.value:
         raise ConfigError("--workdir is missing: name a directory for the run")
+    if "://" in WORKDIR.value:  # pathlib would make a directory "gs:" here, which no other host sees
+        raise ConfigError(
+            f"--workdir {WORKDIR.value}: a directory is expected; mount the bucket, and name a directory in it "
+            "(launch/README.md)"
+        )
     mesh = make_mesh(config.mesh.to_dict(), jax.devices())
     ideal = ideal_seconds(config, build_task, jax.devices())
-    state = train(config, build_task(config, mesh), Path(WORKDIR.value), mesh, ideal)
-    if int(state.step) < config.steps:
+    try:
+        state = train(config, build_task(config, mesh), Path(WORKDIR.value), mesh, ideal)
+        stopped = int(state.step) < config.steps
+    except StoppedError:
+        stopped = True
+    if stopped:
         sys.exit(int(os.environ.get("STOPPED_EXIT_CODE", "0")))
 
 

@@ -14,6 +14,7 @@ from clip_jax.data.pipeline import Stream
 from clip_jax.training.loop import train
 from clip_jax.training.state import TrainState
 from configs.flamingo.common import run_config
+from launch import command
 
 BATCH = 4
 W = np.arange(1.0, 5.0, dtype=np.float32)
@@ -51,7 +52,10 @@ class LineTask:
 
         return {"points": Stream(element, BATCH)}
 
-    def evaluate(self, params: Any, state: Any, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    def evaluate(
+        self, params: Any, state: Any, mesh: jax.sharding.Mesh, between: Callable[[], None]
+    ) -> dict[str, float]:
+        between()
         self.evaluations += 1
         self.during(self.evaluations)
         return {"w0": float(params["line"]["w"][0])}
@@ -69,6 +73,11 @@ def config_of(**changes: Any) -> ml_collections.ConfigDict:
     config.data.threads = 1
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config
+
+
+def run_together(workdir: Path, task: LineTask | None = None, **changes: Any) -> None:
+    """The same as a command, over all devices of all processes that the environment names."""
+    command.run(lambda: train(config_of(**changes), task or LineTask(), workdir, sharding.make_mesh()))
 
 
 def run(workdir: Path, task: LineTask | None = None, ideal_seconds: float | None = None, **changes: Any) -> TrainState:

@@ -40,6 +40,7 @@ def test_a_missing_config_is_named() -> None:
     ("arguments", "expected"),
     [
         (["launch.train", "--config", CONFIG], "error: --workdir is missing: name a directory for the run"),
+        (["launch.train", "--config", CONFIG, "--workdir", "gs://b/x"], "error: --workdir gs://b/x: a directory is"),
         (["launch.train", "--workdir", "x"], "error: --config is missing: name a file such as"),
         (["launch.train", "--config", f"{CONFIG}:debug", "--workdir", "x", "--config.steps=many"], "error: "),
         (["launch.train", "--config", f"{CONFIG}:debug", "--workdir", "x", "--config.mesh.tensor=3"],

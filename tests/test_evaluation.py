@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 import pytest
 from conftest import ORACLES
 
+from clip_jax.data.preprocess import Preprocess
 from clip_jax.errors import DataError
 from clip_jax.evaluation import retrieval, zero_shot
+from clip_jax.evaluation.encoder import Encoder
+from clip_jax.sharding import make_mesh
 
 WAYS = {
     "image_to_text_": ("recall_i2t_stable", "paired_image_to_text"),
@@ -67,3 +71,26 @@ def test_accuracy_at_k() -> None:
     labels = np.array([0, 1, 0])
     assert zero_shot.accuracy(top, labels, 1) == pytest.approx(2 / 3)
     assert zero_shot.accuracy(top, labels, 2) == 1.0
+
+
+def test_an_encoder_asks_before_every_batch_whether_to_go_on() -> None:
+    asked: list[int] = []
+
+    def between() -> None:
+        asked.append(len(asked))
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+
+    encoder = Encoder(
+        function=lambda params, state, batch: batch["text"],
+        params={},
+        state={},
+        mesh=make_mesh({"fsdp": 1}, jax.devices()[:1]),
+        preprocess=Preprocess(32),
+        tokenize=lambda texts: np.zeros((len(texts), 4), np.int32),
+        batch_size=8,
+        between=between,
+    )
+    assert encoder.texts(["a"] * 17).shape == (17, 4) and asked == [0, 1, 2]
+    with pytest.raises(KeyboardInterrupt):
+        encoder.texts(["a"] * 17)

@@ -21,6 +21,7 @@ from clip_jax.training import checkpoint
 from clip_jax.training.checkpoint import Checkpointer
 from clip_jax.training.guard import SPIKES_FROM, judge, new_guard
 from clip_jax.training.metrics import MetricsWriter, read_metrics
+from clip_jax.training.preemption import StoppedError
 
 TIMED = {"step_seconds", "examples_per_second", "data_wait_share", "memory_bytes", "goodput", "restarts"}
 
@@ -93,6 +94,42 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path: Path, whole: Pa
     assert int(stopped.step) == 4 and steps(tmp_path) == [4]
     assert signal.getsignal(number) == before
     run(tmp_path, checkpoint_every=100)
+    assert facts(tmp_path) == facts(whole)
+
+
+class LongEvaluation(LineTask):
+    """Whose evaluation is asked to stop after `batch` batches of ten."""
+
+    def __init__(self, step: int, batch: int = 3):
+        super().__init__()
+        self.step, self.batch, self.embedded = step, batch, 0
+
+    def evaluate(self, params: Any, state: Any, mesh: Any, between: Callable[[], None]) -> dict[str, float]:
+        for number in range(1, 11):
+            between()
+            self.embedded += 1
+            if (self.evaluations + 1, number) == (self.step, self.batch):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return super().evaluate(params, state, mesh, between)
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 100])
+def test_a_signal_during_an_evaluation_is_not_made_to_wait_for_its_end(
+    tmp_path: Path, whole: Path, checkpoint_every: int
+) -> None:
+    task = LongEvaluation(step=3)
+    stopped = run(tmp_path, task, checkpoint_every=checkpoint_every)
+    assert int(stopped.step) == 3 and task.embedded == 2 * 10 + 3 and steps(tmp_path)[-1] == 3
+    run(tmp_path, checkpoint_every=100)
+    assert facts(tmp_path) == facts(whole)
+
+
+def test_a_signal_during_the_last_evaluation_leaves_it_to_the_next_start(tmp_path: Path, whole: Path) -> None:
+    for _ in range(2):  # the second is stopped while it makes up for what the first left
+        with pytest.raises(StoppedError):
+            run(tmp_path, LongEvaluation(step=6 if not steps(tmp_path) else 1))
+        assert steps(tmp_path)[-1] == 6 and "evaluation/w0" not in read_metrics(tmp_path)[-1]
+    run(tmp_path)
     assert facts(tmp_path) == facts(whole)
 
 

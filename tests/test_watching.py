@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.profiler import ProfileData
 from line_task import BATCH, run
 from tensorboardX.proto.event_pb2 import Event
 
@@ -49,7 +50,7 @@ def test_a_row_says_how_fast_and_what_was_predicted(tmp_path: Path, capsys: Any)
         assert row["examples_per_second"] == pytest.approx(BATCH / row["step_seconds"])
         assert row["mfu"] == pytest.approx(1e-6 / row["step_seconds"])
         assert 0 <= row["data_wait_share"] <= 1 and 0 < row["goodput"] <= 1 and row["restarts"] == 0
-        assert row["memory_bytes"] > 0
+        assert row["memory_bytes"] > 0  # the program's: a CPU doesn't tell
         assert (row["plan/step_seconds"], row["plan/mfu"], row["plan/memory_bytes"]) == (1.25, 0.5, 1e9)
     shown = capsys.readouterr().out
     assert "(plan 1.25)" in shown and "failed_saves" not in shown
@@ -115,8 +116,15 @@ def test_pauses_and_waiting_are_told_apart(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_profile_opens_in_perfetto_and_xprof(tmp_path: Path) -> None:
     run(tmp_path, steps=5, profile__steps="3:4", evaluate_every=0)
+    rows = [row for row in read_metrics(tmp_path) if "loss" in row]
+    assert rows and all(
+        "mfu" not in row and row["memory_bytes"] > 0 for row in rows
+    )  # a CPU has no peak to compare with
     (directory,) = (tmp_path / "profile" / "plugins" / "profile").iterdir()
-    assert list(directory.glob("*.xplane.pb"))
+    (plane,) = directory.glob("*.xplane.pb")
+    events = [e for p in ProfileData.from_file(str(plane)).planes for line in p.lines for e in line.events]
+    assert [dict(event.stats)["step_num"] for event in events if event.name == "train"] == [3, 4]
+    assert any("train_step" in event.name for event in events)
     trace = json.loads(gzip.decompress((directory / "perfetto_trace.json.gz").read_bytes()))
     names = [event.get("name", "") for event in trace["traceEvents"]]
     assert any("train_step" in name for name in names), names[:100]

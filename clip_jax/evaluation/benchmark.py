@@ -14,6 +14,7 @@ from clip_jax.data.sources import PairSource, captions_at
 from clip_jax.errors import ConfigError, DataError, RecordError
 from clip_jax.evaluation import retrieval, zero_shot
 from clip_jax.evaluation.encoder import embedding_encoder, feature_encoder
+from clip_jax.evaluation.hosts import read_over_hosts
 from clip_jax.evaluation.linear_probe import linear_probe, mean_per_class_accuracy
 from clip_jax.evaluation.prompts import get_templates
 from clip_jax.loading import Loaded
@@ -91,18 +92,19 @@ def evaluate(
 
 
 def read_captions(source: PairSource) -> list[tuple[str, ...]]:
-    """Of every record its captions; none where it can't be read, which the log names."""
-    found = []
-    for i in range(len(source)):
+    """Of every record its captions; none where it can't be read, which the log names. Each process reads its share."""
+
+    def read(i: int) -> tuple[str, ...]:
         try:
             texts = captions_at(source, i)
             if not all(text.strip() for text in texts):
                 raise RecordError(f"record {i}: the text is empty")
-            found.append(texts)
         except RecordError as error:
             logging.warning("record left out of the evaluation: %s", error)
-            found.append(())
-    return found
+            return ()
+        return texts
+
+    return [tuple(texts) for texts in read_over_hosts(read, len(source))]
 
 
 def labels_of(captions: Sequence[tuple[str, ...]], classes: Sequence[str] | None) -> tuple[list[str], np.ndarray]:

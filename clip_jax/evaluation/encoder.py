@@ -17,6 +17,10 @@ from clip_jax.errors import DataError
 from clip_jax.loading import Loaded
 
 
+def nothing() -> None:
+    """What happens between batches where nothing is asked for."""
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Jitted towers with their parameters. Every process calls it alike, and reads the rows its devices hold.
@@ -32,6 +36,7 @@ class Encoder:
     tokenize: Callable[[Sequence[str]], np.ndarray]
     batch_size: int
     threads: int = 2  # that decode images
+    between: Callable[[], None] = nothing  # called before every batch; what it raises ends the work
 
     def images(self, source: PairSource) -> tuple[np.ndarray, np.ndarray]:
         """(rows [len, E], good [len] bool: which records decode). Raises DataError where none does."""
@@ -59,6 +64,7 @@ class Encoder:
         return sharding.put_batch(batch, sharding.batch_sharding(self.mesh), self.batch_size)
 
     def _embed(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        self.between()
         rows = np.asarray(self.function(self.params, self.state, self._put(batch)))
         if not np.isfinite(rows).all():  # what is no number ranks before everything
             raise DataError(f"the model's {' and '.join(batch)} embeddings hold values that are no finite numbers")

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax import sharding
+from clip_jax.evaluation.encoder import nothing
 
 AT_A_TIME = 2**25  # values of `values_per_token` for each token that a device holds at a time
 
@@ -32,6 +33,7 @@ class LabelScores:
     end_id: int
     batch_size: int
     values_per_token: int
+    between: Callable[[], None] = nothing  # called before every batch; what it raises ends the work
 
     def __call__(self, rows: np.ndarray, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """[len(rows), len(names)] float32; of several prompts for a name, the mean."""
@@ -55,6 +57,7 @@ class LabelScores:
                 room = AT_A_TIME // (images * int(length) * self.values_per_token)
                 size = min(2 ** max(0, room.bit_length() - 1), 256)  # few sizes: each is compiled
                 for some in np.split(labels, range(size, len(labels), size)):
+                    self.between()
                     filled = np.pad(some, (0, size - len(some)), mode="edge")
                     found = self.function(self.params, self.state, batch, ids[filled, :length])
                     scores[start : start + self.batch_size, some] = np.asarray(found)[:, : len(some)]

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data.sources import PairSource
+from clip_jax.data.sources import Pair, PairSource
 from clip_jax.evaluation import retrieval, zero_shot
 from clip_jax.evaluation.encoder import Encoder
+from clip_jax.evaluation.hosts import read_over_hosts
 from clip_jax.evaluation.prompts import get_templates
 
 
@@ -47,11 +48,11 @@ def evaluate_scores(
     """
     rows, good = encoder.images(source)
     records = np.flatnonzero(good)
-    pairs = [source[int(i)] for i in records]
-    names = sorted({pair.text for pair in pairs})
+    texts_and_styles = read_over_hosts(lambda i: described(source[int(records[i])]), len(records))
+    names = sorted({text for text, _ in texts_and_styles})
     position = {name: i for i, name in enumerate(names)}
-    labels = np.array([position[pair.text] for pair in pairs])
-    styles = np.array([pair.style for pair in pairs])
+    labels = np.array([position[text] for text, _ in texts_and_styles])
+    styles = np.array([style for _, style in texts_and_styles])
     scores_BxC = score(rows[records], names)
 
     top = np.argsort(-scores_BxC, axis=1, kind="stable")[:, :5]
@@ -90,3 +91,7 @@ def evaluate_scores(
         figures[key] = float(np.mean([figure[key] for figure in by_style.values()]))
         chance[key] = float(np.mean([figure[key] for figure in chance_by_style]))
     return Evaluation(figures | {"chance": chance, "styles": by_style}, names, records, top, retrieved, queries)
+
+
+def described(pair: Pair) -> tuple[str, str]:
+    return pair.text, pair.style

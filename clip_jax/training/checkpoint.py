@@ -13,8 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from clip_jax.errors import CheckpointError
 from clip_jax.files import write_atomically
+from clip_jax.training.saving import Save, gathered
 from clip_jax.training.state import TrainState, leaf_paths, partition
 
 PyTree = Any
@@ -75,20 +75,20 @@ class Checkpointer:
     def __init__(self, directory: Path, keep: int, keep_every: int = 0):
         self.directory = directory.absolute()  # Orbax refuses relative paths
         self._keep, self._keep_every = keep, keep_every
-        self._finishing: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self.failed = 0  # saves, by this process
+        self._saving: Save | None = None
+        self._error: BaseException | None = None  # of the last save
+        self.failed = 0  # saves
 
     def clean(self) -> None:
         """Removes what a killed run left half-written. Call before the first save, from every process."""
-        if jax.process_index() == 0 and self.directory.is_dir():
+        if jax.process_index() == 0:
             self._remove_unfinished()
             if not self.steps():  # left by a run killed before its first checkpoint; this one may start from others
                 shutil.rmtree(self.directory / FROZEN, ignore_errors=True)
         _barrier("clean")
 
     def _remove_unfinished(self) -> None:
-        for path in self.directory.iterdir():
+        for path in self.directory.iterdir() if self.directory.is_dir() else ():
             if path.is_dir() and not (path / MANIFEST).is_file():
                 logging.info("removing %s: not a finished checkpoint", path)
                 shutil.rmtree(path, ignore_errors=True)
@@ -103,73 +103,65 @@ class Checkpointer:
         return self.directory / f"{step:08d}"
 
     def save(self, state: TrainState, step: int, metadata: Mapping[str, Any]) -> None:
-        """Starts saving and returns; waits first for the save before it.
+        """Starts saving and returns; waits first for the save before it. Call from every process.
 
-        A save that fails (a full disk) is logged at once, leaves nothing behind, and is no reason to stop:
-        `wait` raises what the last one met.
+        A save that fails (a full disk), be it in one process alone, is logged at once, leaves nothing behind, and is
+        no reason to stop: `wait` raises what the last one met.
         """
-        self._join()
+        self._settle()
         path, items, frozen = self.path(step), items_of(state), frozen_items(state)
-        try:
-            self._save_frozen({name: items.pop(name) for name in frozen}, metadata)
-            response = ocp.save_checkpointables_async(path, items, custom_metadata=dict(metadata))
-        except Exception as error:
-            self._fail(path, error)
-            return
+        frozen_parts = {name: items.pop(name) for name in frozen}
+        if frozen_parts and not self._has_frozen():
+            self._start(self.directory / FROZEN, frozen_parts, metadata, lambda: write_manifest(path.parent / FROZEN))
+            self._settle()
+            if self._error is not None:
+                return
 
         def finish() -> None:
-            try:
-                response.result()
-                if jax.process_index() == 0:
-                    write_manifest(path, frozen)
-                    self._remove_old()
-            except Exception as error:
-                self._fail(path, error)
+            write_manifest(path, frozen)
+            self._remove_old()
 
-        self._finishing = threading.Thread(target=finish, name="checkpoint")
-        self._finishing.start()
+        self._start(path, items, metadata, finish)
 
-    def _fail(self, path: Path, error: Exception) -> None:
-        self._error, self.failed = error, self.failed + 1
+    def _start(
+        self, path: Path, items: Mapping[str, PyTree], metadata: Mapping[str, Any], finish: Callable[[], None]
+    ) -> None:
+        """Starts to save; when all processes have, process 0 calls `finish`."""
+        self._saving = Save(path, finish, self._say)
+        self._saving.begin(lambda: ocp.save_checkpointables_async(path, dict(items), custom_metadata=dict(metadata)))
+
+    def _say(self, path: Path, error: BaseException) -> None:
         there = ", ".join(map(str, self.steps())) or "none"
         logging.error("%s\n%s: NOT SAVED: %s\nThe run goes on; finished checkpoints: %s\n%s",
                       "!" * 100, path, error, there, "!" * 100)  # fmt: skip
-        if jax.process_index() == 0 and self.directory.is_dir():
-            self._remove_unfinished()
+
+    def _settle(self) -> None:
+        """Waits for the last save to end, and remembers why it failed, in every process alike."""
+        if self._saving is None:
+            return
+        self._error, self._saving = self._saving.settle(), None
+        if self._error is not None:
+            self.failed += 1
+            if jax.process_index() == 0:
+                self._remove_unfinished()
 
     def _remove_old(self) -> None:
         for step in self.steps()[: -self._keep]:
             if not self._keep_every or step % self._keep_every:
                 shutil.rmtree(self.path(step))
 
-    def _save_frozen(self, items: Mapping[str, PyTree], metadata: Mapping[str, Any]) -> None:
-        """Saves the frozen items, unless an earlier save has."""
-        path = self.directory / FROZEN
-        there = not items or (path / MANIFEST).is_file()
-        _barrier("frozen looked for")  # or the fastest process would write what the slowest has yet to miss
-        if not there:
-            ocp.save_checkpointables(path, dict(items), custom_metadata=dict(metadata))
-            if jax.process_index() == 0:
-                write_manifest(path)
-            _barrier("frozen saved")
-
-    def _join(self) -> None:
-        if self._finishing is not None:
-            self._finishing.join()
-        self._finishing = self._error = None
+    def _has_frozen(self) -> bool:
+        """Whether an earlier save has saved the frozen items, as process 0 sees it."""
+        return gathered(int((self.directory / FROZEN / MANIFEST).is_file()))[0] == 1
 
     def wait(self) -> None:
         """Until the last save is committed and its manifest written, by all processes, which must all call this.
 
         Raises CheckpointError where it failed.
         """
-        if self._finishing is not None:
-            self._finishing.join()
-        error = self._error
-        self._join()
-        if error is not None:
-            raise CheckpointError(f"{self.directory}: saving a checkpoint failed: {error}") from error
-        _barrier("saved")
+        self._settle()
+        if self._error is not None:
+            raise CheckpointError(f"{self.directory}: saving a checkpoint failed: {self._error}") from self._error
 
     def restore_latest(self, abstract: TrainState) -> TrainState | None:
         """The newest checkpoint that passes verification, on the shardings of `abstract`; None if there is none.

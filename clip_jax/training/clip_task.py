@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from clip_jax import sharding
 from clip_jax.data.sources import PairSource
 from clip_jax.errors import ConfigError
-from clip_jax.evaluation.encoder import Encoder
+from clip_jax.evaluation.encoder import Encoder, nothing
 from clip_jax.evaluation.pairs import Evaluation, evaluate_source
 from clip_jax.losses import contrastive_loss, sigmoid_loss
 from clip_jax.models.variants import build_two_tower
@@ -49,10 +49,13 @@ class ClipTask(PairTask):
             loss = contrastive_loss(image, text, **scalars, **over, label_smoothing=self.config.label_smoothing)
         return loss, (scalars, state)
 
-    def evaluator(self, params: PyTree, state: PyTree, mesh: Mesh) -> Callable[[PairSource], Evaluation]:
-        return partial(evaluate_source, self.encoder(params, state, mesh), templates=self.config.data.templates)
+    def evaluator(
+        self, params: PyTree, state: PyTree, mesh: Mesh, between: Callable[[], None] = nothing
+    ) -> Callable[[PairSource], Evaluation]:
+        encoder = self.encoder(params, state, mesh, between)
+        return partial(evaluate_source, encoder, templates=self.config.data.templates)
 
-    def encoder(self, params: PyTree, state: PyTree, mesh: Mesh) -> Encoder:
+    def encoder(self, params: PyTree, state: PyTree, mesh: Mesh, between: Callable[[], None] = nothing) -> Encoder:
         """Embeds images and texts in batches over the mesh."""
 
         def encode(params: PyTree, state: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -61,7 +64,7 @@ class ClipTask(PairTask):
             embedding = text if image is None else image
             return embedding
 
-        return self.encoder_of(encode, params, state, mesh)
+        return self.encoder_of(encode, params, state, mesh, between)
 
     def metadata(self) -> dict[str, Any]:
         found = super().metadata()

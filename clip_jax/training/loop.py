@@ -26,7 +26,7 @@ from clip_jax.training.meter import Meter, program_bytes
 from clip_jax.training.metrics import Log, MetricsWriter
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.prediction import read_prediction
-from clip_jax.training.preemption import Preemption
+from clip_jax.training.preemption import Preemption, StoppedError
 from clip_jax.training.profile import Profile
 from clip_jax.training.state import TrainState
 from clip_jax.training.task import Task
@@ -42,7 +42,8 @@ def train(
 ) -> TrainState:
     """Trains until `config.steps`, from the workdir's newest checkpoint if it has one, and returns the state.
 
-    Asked to stop, by SIGTERM to any process or by Ctrl-C, it saves and returns the state of an earlier step.
+    Asked to stop, by SIGTERM to any process or by Ctrl-C, it saves and returns the state of an earlier step. An
+    evaluation that this cuts short is begun again by the next start.
 
     Writes config.json, metrics.jsonl, tensorboard/, goodput.json and checkpoints/ to the workdir. The losses are the
     same bits whether or not the run was killed on the way.
@@ -53,6 +54,7 @@ def train(
     Raises:
       TrainingError: a workdir of another config, too many skipped updates in a row, too many bad records.
       CheckpointError: checkpoints that are damaged or do not fit the model, or a last one that can't be saved.
+      StoppedError: asked to stop in the evaluation after the last step, which is saved.
     """
     streams = task.streams()
     for stream in streams.values():
@@ -98,6 +100,8 @@ def train(
             state = run.steps(state, train_state.jit_train_step(step_fn, shardings, mesh), start)
             watchdog.other()
             checkpointer.wait()
+            if run.cut_short and int(state.step) == config.steps:
+                raise StoppedError
             return state
         finally:
             profile.close()
@@ -120,6 +124,8 @@ class _Run:
     profile: Profile
     drawn: int = 0
     rejected: int = 0
+    saved: int = 0  # the last step that was
+    cut_short: bool = False  # an evaluation was
 
     def batches(self, start: int) -> Iterator[tuple[train_state.Batches, int]]:
         """A batch of every stream on the devices, one step transferred ahead, with their count of bad records here."""
@@ -153,7 +159,7 @@ class _Run:
         if start >= config.steps:
             logging.info("all %d steps are done: nothing to train", config.steps)
             return state
-        if self.preemption.reached(start):
+        if self.cut_short or self.preemption.reached():
             logging.warning("stopped before step %d; the same command goes on from there", start + 1)
             return state
         batches = self.batches(start)
@@ -170,13 +176,13 @@ class _Run:
                     step_fn = step_fn.lower(state, batch).compile()
                 meter.program_bytes = program_bytes(step_fn)
                 self.watchdog.step()
-            self.profile.before(step)
-            state, metrics = step_fn(state, batch)
+            with self.profile.step(step):
+                state, metrics = step_fn(state, batch)
             self.profile.after(step, metrics)
             if pending is not None:  # one step late: the device is busy with the next by now
                 self.check(*pending)
             pending = (step, metrics)
-            last, stop = step == config.steps, self.preemption.reached(step)
+            last, stop = step == config.steps, self.preemption.reached()
             log = last or step % config.log_every == 0 or step == 1
             unsaved |= self.due("checkpoint", step) or stop
             if log or unsaved or self.due("evaluate", step):
@@ -185,11 +191,13 @@ class _Run:
                 if log:
                     counts = {"rejected_records": self.rejected, "failed_saves": self.checkpointer.failed}
                     self.log.write(step, values | meter.figures(step) | counts)
-                if unsaved and (last or not skipped):  # only after the check: what is saved is always good
+                if unsaved and (last or stop or not skipped):  # only after the check: what is saved is always good
                     self.save(state, step)
                     unsaved = False
                 if self.due("evaluate", step) and not stop:
-                    self.evaluate(state, step)
+                    stop = not self.evaluate(state, step)
+                    if stop and self.saved != step:
+                        self.save(state, step)
             self.log.progress()
             if stop:
                 logging.warning("stopped at step %d of %d; the same command goes on from there", step, config.steps)
@@ -202,18 +210,32 @@ class _Run:
         return step == self.config.steps or bool(every and step % every == 0)
 
     def save(self, state: TrainState, step: int) -> None:
+        self.saved = step
         self.watchdog.other()
         self.meter.lap()
         with self.meter.pause():
             self.checkpointer.save(state, step, self.metadata | {"step": step})
             self.meter.goodput.saved(step, self.checkpointer.steps())
 
-    def evaluate(self, state: TrainState, step: int) -> None:
+    def evaluate(self, state: TrainState, step: int) -> bool:
+        """Whether it came to its end: it stops between two batches when the run is to stop."""
+
+        def between() -> None:
+            self.watchdog.other()
+            if self.preemption.reached():
+                raise StoppedError
+
         self.watchdog.other()
         with self.meter.pause():
-            results = self.task.evaluate(state.params, state.model_state, self.mesh)
+            try:
+                results = self.task.evaluate(state.params, state.model_state, self.mesh, between)
+            except StoppedError:
+                logging.warning("the evaluation of step %d is cut short", step)
+                self.cut_short = True
+                return False
             if results:
                 self.log.write(step, {f"evaluation/{name}": value for name, value in results.items()})
+        return True
 
     def check(self, step: int, metrics: Mapping[str, jax.Array]) -> tuple[dict[str, float], bool]:
         """(a step's metrics on the host, whether its update was skipped).

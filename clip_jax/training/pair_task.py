@@ -21,7 +21,7 @@ from clip_jax.data.preprocess import Preprocess
 from clip_jax.data.sources import PairSource, open_source, texts_of
 from clip_jax.data.tokenizer import load_tokenizer
 from clip_jax.errors import ConfigError
-from clip_jax.evaluation.encoder import Encoder
+from clip_jax.evaluation.encoder import Encoder, nothing
 from clip_jax.evaluation.label_scores import LabelScores
 from clip_jax.evaluation.pairs import Evaluation, evaluate_scores
 from clip_jax.evaluation.prompts import get_templates
@@ -174,19 +174,28 @@ class PairTask(ABC):
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]: ...
 
     @abstractmethod
-    def evaluator(self, params: PyTree, state: PyTree, mesh: Mesh) -> Callable[[PairSource], Evaluation]:
-        """Zero-shot classification and retrieval on a source."""
+    def evaluator(
+        self, params: PyTree, state: PyTree, mesh: Mesh, between: Callable[[], None] = nothing
+    ) -> Callable[[PairSource], Evaluation]:
+        """Zero-shot classification and retrieval on a source; `between` is called before every batch."""
 
-    def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh) -> dict[str, float]:
+    def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh, between: Callable[[], None]) -> dict[str, float]:
         """The headline figures of each split named in `config.data.evaluate`."""
-        evaluation = self.evaluator(params, state, mesh)
+        evaluation = self.evaluator(params, state, mesh, between)
         results: dict[str, float] = {}
         for name, spec in self.config.data.evaluate.items():
             figures = evaluation(open_source(spec)).figures
             results |= {f"{name}.{key}": figures[key] for key in ("top1", "top5", "recall_at_5")}
         return results
 
-    def encoder_of(self, function: Callable[..., jax.Array], params: PyTree, state: PyTree, mesh: Mesh) -> Encoder:
+    def encoder_of(
+        self,
+        function: Callable[..., jax.Array],
+        params: PyTree,
+        state: PyTree,
+        mesh: Mesh,
+        between: Callable[[], None] = nothing,
+    ) -> Encoder:
         """`function(params, state, batch)` → rows, in batches over the mesh."""
         return Encoder(
             function=jax.jit(function, out_shardings=sharding.replicated(mesh)),
@@ -196,6 +205,7 @@ class PairTask(ABC):
             preprocess=Preprocess(self.config.model.vision.image_size),
             tokenize=self.tokenize,
             batch_size=max(self.config.evaluation_batch_size, sharding.batch_shards(mesh)),
+            between=between,
         )
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
@@ -234,14 +244,16 @@ class LabelTask(PairTask):
     def scores(self, variables: PyTree, rows: jax.Array, ids: jax.Array) -> jax.Array:
         """How probable the labels of `ids` [C, L] are. [B, C]"""
 
-    def evaluator(self, params: PyTree, state: PyTree, mesh: Mesh) -> Callable[[PairSource], Evaluation]:
+    def evaluator(
+        self, params: PyTree, state: PyTree, mesh: Mesh, between: Callable[[], None] = nothing
+    ) -> Callable[[PairSource], Evaluation]:
         def rows(params: PyTree, state: PyTree, batch: Batch) -> jax.Array:
             return self.rows({"params": params, **state}, {"image": self.normalize(batch["image"])})
 
         def scores(params: PyTree, state: PyTree, rows: jax.Array, ids: jax.Array) -> jax.Array:
             return self.scores({"params": params, **state}, rows, ids)
 
-        encoder = self.encoder_of(rows, params, state, mesh)
+        encoder = self.encoder_of(rows, params, state, mesh, between)
         score = LabelScores(
             function=jax.jit(scores, out_shardings=sharding.replicated(mesh)),
             params=params,
@@ -251,6 +263,7 @@ class LabelTask(PairTask):
             end_id=self.tokenizer.end_id,
             batch_size=encoder.batch_size,
             values_per_token=self.values_per_token,
+            between=between,
         )
         templates = get_templates(self.config.data.templates)
         return lambda source: evaluate_scores(encoder, source, lambda found, names: score(found, names, templates))

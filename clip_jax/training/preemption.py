@@ -1,7 +1,7 @@
 """Being asked to stop: SIGTERM, which is also how maintenance of a host announces itself, and Ctrl-C.
 
 Every host must save at the same step. Where several processes run, JAX's own runtime sees the SIGTERM of any of them
-and agrees with the others on the next step that all can reach.
+and agrees with the others on the next step, or batch of an evaluation, that all can reach.
 """
 
 import logging
@@ -15,14 +15,19 @@ import jax
 from jax.experimental import multihost_utils
 
 
+class StoppedError(Exception):
+    """Asked to stop, in the midst of an evaluation."""
+
+
 class Preemption:
-    """While entered, signals don't end the process: `reached` says where to save and stop. Further ones change nothing.
+    """While entered, signals don't end the process: `reached` says when to save and stop. Further ones change nothing.
 
     Python sees signals in the main thread only: entered from another one, those of a single process stay as they are.
     """
 
     def __init__(self) -> None:
         self.requested = False  # in this process; several agree in `reached`
+        self._asked, self._reached = 0, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
@@ -38,13 +43,18 @@ class Preemption:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if not self.requested:
-            logging.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
+            logging.warning("%s: saving after this step or batch, then stopping", signal.Signals(number).name)
             if jax.distributed.is_initialized():
                 os.kill(os.getpid(), signal.SIGTERM)
         self.requested = True
 
-    def reached(self, step: int) -> bool:
-        """Whether to save and stop after this step: at the same one in every process. All ask after every step."""
-        if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.requested
+    def reached(self) -> bool:
+        """Whether to save and stop now: from the same question on in every process. All ask equally often.
+
+        They do so after every step, and between the batches of an evaluation.
+        """
+        self._asked += 1
+        if not jax.distributed.is_initialized():
+            return self.requested
+        self._reached = self._reached or multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._reached

@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,14 @@ class Profile:
                 raise ConfigError(f"profile.steps {spec!r}: expected FIRST:LAST, such as 10:13")
             self._steps = range(int(found[1]), int(found[2]) + 1)
 
-    def before(self, step: int) -> None:
-        """Call before a step is given to the device."""
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Inside, a step is given to the device; the profile knows its number."""
         if step in self._steps and not self._running:
             jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
             self._running = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
 
     def after(self, step: int, outputs: Any) -> None:
         """Call with what the step returned: its last one is waited for."""

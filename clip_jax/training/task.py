@@ -1,6 +1,6 @@
 """What the trainer asks of a task. CLIP is one, Flamingo another: the trainer knows neither's model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -41,8 +41,11 @@ class Task(Protocol):
         """
         ...
 
-    def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh) -> dict[str, float]:
-        """Metrics on held-out data, the same on every process."""
+    def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh, between: Callable[[], None]) -> dict[str, float]:
+        """Metrics on held-out data, the same on every process.
+
+        Calls `between` before every batch, equally often on every process. What that raises ends the evaluation.
+        """
         ...
 
     def metadata(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from clip_jax.data import transforms
 from clip_jax.data.pipeline import Element
 from clip_jax.data.sources import PairSource, open_source
 from clip_jax.errors import RecordError
+from clip_jax.evaluation.encoder import nothing
 from flamingo_jax.data import questions
 from flamingo_jax.data.documents import Document, Media, Shape, encode, length
 from flamingo_jax.data.emoji import catalogue
@@ -42,6 +43,7 @@ class Responder:
     batch_size: int
     answer_tokens: int
     bar: tqdm
+    between: Callable[[], None]
     _generate: Callable[[PyTree, Mapping[str, jax.Array]], jax.Array] = field(init=False, repr=False)
     _losses: Callable[..., jax.Array] = field(init=False, repr=False)
 
@@ -87,6 +89,7 @@ class Responder:
             some = [min(start + int(row), len(documents) - 1) for row in rows]  # the last one fills the batch up
             tokenizer, end_id = self.task.tokenizer, self.task.end_id
             batch = stack([encode(documents[i], tokenizer, shape, end_id, key=f"prompt {i}", left=left) for i in some])
+            self.between()
             self.bar.update()
             found.append(np.asarray(function(variables, sharding.put_batch(batch, where, self.batch_size))))
         return np.concatenate(found)[: len(documents)]
@@ -117,8 +120,19 @@ class FewShot:
         return answers | {f"loss.{key}": self.loss[key] for key in ("true", "shuffled", "gates_off")}
 
 
-def evaluate(task: FlamingoTask, params: PyTree, state: PyTree, mesh: Mesh, count: int, captions: int) -> FewShot:
-    """`count` questions of each task and `captions` captions on the config's held-out source."""
+def evaluate(
+    task: FlamingoTask,
+    params: PyTree,
+    state: PyTree,
+    mesh: Mesh,
+    count: int,
+    captions: int,
+    between: Callable[[], None] = nothing,
+) -> FewShot:
+    """`count` questions of each task and `captions` captions on the config's held-out source.
+
+    `between` is called before every batch.
+    """
     config, seed = task.config.evaluation, task.config.seed
     pictures = Pictures(open_source(config.source), task.image_size)
     support = Pictures(open_source(config.support), task.image_size)
@@ -126,10 +140,11 @@ def evaluate(task: FlamingoTask, params: PyTree, state: PyTree, mesh: Mesh, coun
     captioned = np.random.default_rng(seed).permutation(len(pictures.media))[:captions]
     sizes = len(config.shots) * (3 * [len(asked)] + 2 * [len(captioned)]) + 3 * [len(asked) + len(captioned)]
     total = sum(-(-size // config.batch_size) for size in sizes)
+    variables = task.variables(params, state)
     with tqdm(
         total=total, desc="evaluate", unit="batch", dynamic_ncols=True, disable=jax.process_index() > 0 or None
     ) as bar:
-        responder = Responder(task, task.variables(params, state), mesh, config.batch_size, config.answer_tokens, bar)
+        responder = Responder(task, variables, mesh, config.batch_size, config.answer_tokens, bar, between)
         run = _Run(
             responder, pictures, Prompts(support, task.tokenizer, count, config.tokens, seed), tuple(config.shots), seed
         )

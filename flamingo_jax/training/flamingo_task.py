@@ -1,6 +1,6 @@
 """Flamingo as a task: a frozen tower and a frozen language model from checkpoints, the parts between them trained."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,7 @@ class FlamingoTask:
         params, state = sharding.abstract(boxed, self.mesh, sharding.rules_of(self.config.sharding_rules))
         return params, state
 
-    def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh) -> dict[str, float]:
+    def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh, between: Callable[[], None]) -> dict[str, float]:
         """Answers and losses on held-out pictures, with the right images, with shuffled ones and with none.
 
         On `config.evaluation.quick` questions of each task; nothing where that is 0.
@@ -218,7 +218,7 @@ class FlamingoTask:
         quick = self.config.evaluation.quick
         if not quick:
             return {}
-        return evaluate(self, params, state, mesh, quick, quick).headline()
+        return evaluate(self, params, state, mesh, quick, quick, between).headline()
 
     def metadata(self) -> dict[str, Any]:
         model = self.config.model

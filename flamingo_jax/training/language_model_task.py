@@ -1,7 +1,7 @@
 """A language model as a task: the next token of plain texts. What Flamingo freezes, where nothing better is at hand."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ class LanguageModelTask:
         logits = self.model.apply({"params": merge(trainable, frozen)}, batch["text"])
         return next_token_losses(logits, batch["text"]).mean(), ({}, state)
 
-    def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh) -> dict[str, float]:
+    def evaluate(self, params: PyTree, state: PyTree, mesh: Mesh, between: Callable[[], None]) -> dict[str, float]:
         """Mean loss in nats a token on held-out texts, its perplexity, and the loss of guessing."""
         held_out = self.windows([open_texts(self.config.data.evaluate)])
         size = self.config.batch_size
@@ -107,6 +107,7 @@ class LanguageModelTask:
         rows = sharding.local_rows(where, size)
         total, count = 0.0, 0
         for start in range(0, len(held_out) - size + 1, size):
+            between()
             text = held_out.tokens[: len(held_out) * held_out.length].reshape(-1, held_out.length)[start + rows]
             losses = self._evaluate(params, sharding.put_batch({"text": text}, where, size)["text"])
             total, count = total + float(losses.mean()), count + 1

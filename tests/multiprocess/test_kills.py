@@ -39,7 +39,7 @@ def test_random_kills_lose_nothing(tmp_path: Path, main: Callable[[str], None], 
     def begin(workdir: Path) -> Running:
         return start(tmp_path / "log", main=main, arguments=[str(workdir)])
 
-    begin(tmp_path / "compiled").succeed()  # the others find its programs
+    assert begin(tmp_path / "compiled").wait(seconds=1800) == 0  # the others find its programs
     began, expected = time.monotonic(), tmp_path / "expected"
     begin(expected).succeed()
     longest = time.monotonic() - began
