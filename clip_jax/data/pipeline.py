@@ -1,27 +1,36 @@
-"""What a training step gets: batches as a pure function of (config, seed, step), read by Grain's threads."""
+"""What a training step gets: batches as a pure function of (config, seed, step), read by Grain's threads or, for
+more cores than one interpreter can use, by processes (`clip_jax.data.workers`).
+"""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
-import grain
 import numpy as np
 from PIL import Image
 
-from clip_jax.data import transforms
+from clip_jax.data import transforms, workers
 from clip_jax.data.order import Order, generator
 from clip_jax.data.preprocess import Preprocess
 from clip_jax.data.sources import Pair, PairSource
 from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.workers import Batch, Skips
 from clip_jax.errors import DataError, RecordError
 
 Element = dict[str, np.ndarray]
+Picture = Image.Image | transforms.Jpeg
 T = TypeVar("T")
 ROWS_AT_A_TIME = 32
 MAX_ATTEMPTS = 32  # bad records in a row at one position, after which the source is given up
 
+MAX_REPORTED = 1000  # records that are named in a process; the others are counted
+
 _reported: set[str] = set()
+_skips: ContextVar[Skips | None] = ContextVar("skips", default=None)  # of the piece that is being read
 
 
 @dataclass(frozen=True)
@@ -44,32 +53,36 @@ def draw(order: Order, position: int, use: Callable[[int, np.random.Generator], 
         try:
             return use(order.index(position, attempt), rng), attempt
         except RecordError as error:
-            if str(error) not in _reported:  # once for each record and process
+            if (skips := _skips.get()) is not None:
+                skips[error.reason, error.shard] += 1
+            if str(error) not in _reported and len(_reported) < MAX_REPORTED:  # once for each record and process
                 _reported.add(str(error))
                 logging.warning("record replaced: %s", error)
+                if len(_reported) == MAX_REPORTED:
+                    logging.warning("%d records named; more will be counted, and not named", MAX_REPORTED)
     raise DataError(f"{MAX_ATTEMPTS} bad records in a row at position {position}; see the warnings above")
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The record at a position, decoded; a bad one is replaced by the one that `order` names next, and counted.
+    """The record at a position, its image opened; a bad one is replaced by the one that `order` names next and counted.
 
-    `cache`: where decoded records are kept, if the source is small enough for it.
+    `cache`: where opened records are kept, if the source is small enough for it.
     """
 
     source: PairSource
     order: Order
-    cache: dict[int, tuple[Pair, Image.Image]] | None = None
+    cache: dict[int, tuple[Pair, Picture]] | None = None
 
-    def __call__(self, position: int, use: Callable[[Pair, Image.Image, np.random.Generator], T]) -> tuple[T, int]:
+    def __call__(self, position: int, use: Callable[[Pair, Picture, np.random.Generator], T]) -> tuple[T, int]:
         """(what `use` makes of the record and a generator of this position's own, bad records replaced): see `draw`."""
         return draw(self.order, position, lambda index, rng: use(*self._read(index), rng))
 
-    def _read(self, index: int) -> tuple[Pair, Image.Image]:
+    def _read(self, index: int) -> tuple[Pair, Picture]:
         if self.cache is not None and index in self.cache:
             return self.cache[index]
         pair = self.source[index]
-        found = pair, transforms.decode(pair.image, pair.key)
+        found = pair, transforms.open_image(pair.image, pair.key)
         if self.cache is not None:
             self.cache[index] = found
         return found
@@ -78,7 +91,7 @@ class Draws:
 def check_named(pair: Pair) -> None:
     """Raises RecordError where a record's text is empty."""
     if not pair.text.strip():
-        raise RecordError(f"{pair.key}: the text is empty")
+        raise RecordError(f"{pair.key}: the text is empty", reason="empty text")
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ class PairElements:
         element, rejected = self.draws(position, self._element)
         return element | {"rejected": np.array(rejected, np.int32)}
 
-    def _element(self, pair: Pair, image: Image.Image, rng: np.random.Generator) -> Element:
+    def _element(self, pair: Pair, image: Picture, rng: np.random.Generator) -> Element:
         check_named(pair)
         text = self.tokenizer(self._text(pair.text, pair.keywords, rng), self.context_length)[0]
         return {"image": transforms.training_image(image, self.image_size, self.augment, rng), "text": text}
@@ -119,6 +132,8 @@ class Batches:
 
     `rows` are the global rows that its devices hold (`sharding.local_rows`): step s holds the positions
     s·batch_size + row. The state of the input is therefore the step.
+
+    `workers`: processes that read; 0 is none, only threads of this process. `threads`: of each process.
     """
 
     element: Callable[[int], Element]
@@ -126,18 +141,66 @@ class Batches:
     rows: np.ndarray
     threads: int = 2
     prefetch: int = 2  # batches
+    workers: int = 0
 
-    def __call__(self, start: int, stop: int) -> Iterator[Mapping[str, np.ndarray]]:
-        # A thread reads some rows at a time: handing over each by itself would cost more than reading it.
-        parts = np.array_split(self.rows, -(-len(self.rows) // ROWS_AT_A_TIME))
+    def __call__(self, start: int, stop: int) -> Iterator[Element]:
+        """The arrays of each batch."""
+        return (dict(batch.arrays) for batch in self.read(start, stop))
 
-        def read(j: int) -> Element:
-            step, part = divmod(int(j), len(parts))
-            return _join([self.element(step * self.batch_size + int(row)) for row in parts[part]], np.stack)
+    def read(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches with what there is to say of them. Raises DataError where a worker ends before its time."""
+        if start >= stop:
+            return iter(())
+        # Some rows are read at a time: handing over each by itself would cost more than reading it.
+        at_a_time = max(ROWS_AT_A_TIME, workers.fewest_rows(len(self.rows), self.prefetch))
+        if self.workers:  # none idle while another reads the last piece
+            fewest = workers.fewest_rows(len(self.rows), self.prefetch)
+            at_a_time = max(min(at_a_time, len(self.rows) // (2 * self.workers)), fewest, 1)
+        pieces = _Pieces(self.element, self.batch_size, np.array_split(self.rows, -(-len(self.rows) // at_a_time)))
+        if self.workers:
+            return workers.batches(
+                pieces,
+                self.element(start * self.batch_size + int(self.rows[0])),
+                [len(rows) for rows in pieces.parts],
+                range(start, stop),
+                workers=self.workers,
+                threads=self.threads,
+                prefetch=max(1, self.prefetch),
+            )
+        import grain
 
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=max(1, self.prefetch * len(parts)))
-        pieces = grain.MapDataset.range(start * len(parts), stop * len(parts)).map(read).to_iter_dataset(options)
-        return iter(pieces.batch(len(parts), batch_fn=lambda some: _join(some, np.concatenate)))
+        parts = len(pieces.parts)
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=max(1, self.prefetch * parts))
+        read = grain.MapDataset.range(start * parts, stop * parts).map(pieces).to_iter_dataset(options)
+        return iter(read.batch(parts, batch_fn=_together))
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Piece `step · len(parts) + i`: the rows `parts[i]` of a step's batch."""
+
+    element: Callable[[int], Element]
+    batch_size: int
+    parts: Sequence[np.ndarray]
+
+    def __call__(self, piece: int) -> Batch:
+        step, part = divmod(int(piece), len(self.parts))
+        skips: Skips = Counter()
+        began, before, token = time.perf_counter(), time.thread_time(), _skips.set(skips)
+        try:
+            arrays = _join([self.element(step * self.batch_size + int(row)) for row in self.parts[part]], np.stack)
+        finally:
+            _skips.reset(token)
+        return Batch(arrays, skips, time.thread_time() - before, time.perf_counter() - began)
+
+
+def _together(pieces: Sequence[Batch]) -> Batch:
+    return Batch(
+        _join([dict(piece.arrays) for piece in pieces], np.concatenate),
+        sum((piece.skips for piece in pieces), start=Counter()),
+        sum(piece.busy for piece in pieces),
+        sum(piece.taken for piece in pieces),
+    )
 
 
 def _join(elements: Sequence[Element], how: Callable[[list[np.ndarray]], np.ndarray]) -> Element:

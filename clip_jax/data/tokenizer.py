@@ -165,7 +165,9 @@ class Tokenizer:
 
     def _valid(self, i: int, text: str) -> str:
         if len(text) > MAX_CHARACTERS:
-            raise RecordError(f"text {i}: {len(text):,} characters; at most {MAX_CHARACTERS:,} expected")
+            raise RecordError(
+                f"text {i}: {len(text):,} characters; at most {MAX_CHARACTERS:,} expected", reason="huge text"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:  # what bytes that are no UTF-8 leave in a file name or an argument

@@ -9,19 +9,27 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import jax
 import numpy as np
+import simplejpeg  # type: ignore[import-untyped]
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 
 from clip_jax.errors import ConfigError, RecordError
 
-A = TypeVar("A", np.ndarray, jax.Array)
+if TYPE_CHECKING:  # a process that reads pictures needs no JAX
+    import jax
+
+A = TypeVar("A", np.ndarray, "jax.Array")
+
+# What is opened, by content and whatever it is called. Pillow knows more: of PostScript it would run the program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 # Images above these are refused before their pixels are allocated. (Above this number Pillow warns of a bomb.)
 MAX_PIXELS = 89_478_485
 MAX_SIDE = 65_535
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 SHORTER_SIDE, SQUASH = "shorter side, centre crop", "squash"
 INTERPOLATIONS = {
@@ -50,37 +58,47 @@ class Augmentation:
 
 
 def read_image(data: bytes, key: str) -> Image.Image:
-    """Encoded bytes → an image in the mode in which it is stored, its pixels read.
+    """Encoded bytes → an image in the mode in which it is stored, its pixels read; of several frames the first.
 
     Raises RecordError, naming the record, for what is no image, empty or too large.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return accepted(image, key)
     except RecordError:
         raise
     except UnidentifiedImageError:  # its message holds an address, another one each time
-        raise RecordError(f"{key}: the image does not decode (of no known format)") from None
+        reason = "not an image" if data else "empty file"
+        raise RecordError(f"{key}: the image does not decode (of no known format)", reason=reason) from None
     except Exception as error:  # decoders raise many kinds; AVIF's a RuntimeError
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise RecordError(f"{key}: the image does not decode ({reason})") from None
+        said = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = "truncated image" if "truncated" in said.lower() else "damaged image"
+        raise RecordError(f"{key}: the image does not decode ({said})", reason=reason) from None
+
+
+def check_size(size: tuple[int, int], key: str) -> None:
+    """Raises RecordError for an image without pixels or with too many."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise RecordError(f"{key}: an image of {width}×{height} pixels is empty", reason="damaged image")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise RecordError(
+            f"{key}: an image of {width}×{height} pixels is too large; at most {MAX_SIDE:,} a side and "
+            f"{MAX_PIXELS:,} in all expected",
+            reason="too large",
+        )
 
 
 def accepted(image: Image.Image, key: str) -> Image.Image:
     """An image with its pixels read, of at most 8 bits a channel. Raises RecordError as `read_image` does."""
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise RecordError(f"{key}: an image of {width}×{height} pixels is empty")
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise RecordError(
-            f"{key}: an image of {width}×{height} pixels is too large; at most {MAX_SIDE:,} a side and "
-            f"{MAX_PIXELS:,} in all expected"
-        )
+    check_size(image.size, key)
     image.load()
     if image.mode.startswith("I;16"):
         return Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise RecordError(f"{key}: an image of 32-bit pixels, of unknown range; 8 or 16 bits expected")
+        raise RecordError(
+            f"{key}: an image of 32-bit pixels, of unknown range; 8 or 16 bits expected", reason="32 bits"
+        )
     return image
 
 
@@ -89,13 +107,61 @@ def decode(data: bytes, key: str) -> Image.Image:
     return read_image(data, key).convert("RGB")
 
 
+@dataclass(frozen=True)
+class Jpeg:
+    """A JPEG whose pixels are not read yet: what training cuts out of it is decoded no finer than it will be seen."""
+
+    data: bytes
+    key: str
+    size: tuple[int, int]
+
+    def whole(self) -> Image.Image:
+        """All of its pixels. Raises RecordError as `read_image` does."""
+        return decode(self.data, self.key)
+
+    def scaled(self, box: Box, size: int) -> tuple[Image.Image, Box]:
+        """(the image at the least eighths of its size at which the box has size² pixels, the box in it).
+
+        The eighths are the discrete cosine transform's: libjpeg-turbo reads as few frequencies as they need.
+        """
+        needed = size / max(min(box[2] - box[0], box[3] - box[1]), 1e-9)
+        eighths = min(max(math.ceil(8 * needed), 1), 8)
+        width, height = (-(-side * eighths // 8) for side in self.size)
+        try:
+            pixels = simplejpeg.decode_jpeg(self.data, "RGB", min_height=height, min_width=width)
+        except ValueError:  # it is strict; whether the image is good is Pillow's to say
+            return self.whole(), box
+        height, width = pixels.shape[:2]  # a lower fraction may round to as much
+        left, top, right, bottom = (side * eighths / 8 for side in box)
+        return Image.fromarray(pixels), (left, top, min(right, width), min(bottom, height))
+
+
+def open_image(data: bytes, key: str) -> Image.Image | Jpeg:
+    """What `training_image` takes: an RGB image or, of a JPEG, what its header says. Raises RecordError as `read_image`
+    does, but for a damaged JPEG, which is found to be so when it is decoded.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            colours = ""
+        if colours in ("YCbCr", "Gray"):
+            check_size((width, height), key)
+            return Jpeg(data, key, (width, height))
+    return decode(data, key)
+
+
+def whole(image: Image.Image | Jpeg) -> Image.Image:
+    return image.whole() if isinstance(image, Jpeg) else image
+
+
 def decode_frames(data: bytes, frames: int, key: str) -> list[Image.Image]:
     """The frames of an animated image, at most `frames`, evenly spaced from the first to the last; of another, itself.
 
     RGB. Raises RecordError as `read_image` does.
     """
     first = read_image(data, key)  # what is wrong with it is said there
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         count = getattr(image, "n_frames", 1)
         if min(count, frames) == 1:
             return [first.convert("RGB")]
@@ -105,7 +171,9 @@ def decode_frames(data: bytes, frames: int, key: str) -> list[Image.Image]:
                 image.seek(place)
                 found.append(accepted(image, key).convert("RGB"))
             except (EOFError, OSError, SyntaxError, ValueError) as error:
-                raise RecordError(f"{key}: frame {place} does not decode ({str(error)[:120]})") from None
+                raise RecordError(
+                    f"{key}: frame {place} does not decode ({str(error)[:120]})", reason="damaged image"
+                ) from None
     return found
 
 
@@ -135,7 +203,8 @@ def evaluation_image(
     if width * height > MAX_PIXELS:
         raise RecordError(
             f"{key}: an image of {image.size[0]}×{image.size[1]} pixels is too elongated; resized it would have "
-            f"{width}×{height}"
+            f"{width}×{height}",
+            reason="too elongated",
         )
     if image.size != (width, height):
         image = image.resize((width, height), INTERPOLATIONS[interpolation])
@@ -144,9 +213,11 @@ def evaluation_image(
     return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
 
-def training_image(image: Image.Image, size: int, augment: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    """A random resized crop, and what `augment` adds. uint8 [size, size, 3]."""
+def training_image(image: Image.Image | Jpeg, size: int, augment: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """A random resized crop, and what `augment` adds. uint8 [size, size, 3]. Raises RecordError for a damaged JPEG."""
     box = _crop_box(image.size, augment, rng)
+    if isinstance(image, Jpeg):
+        image, box = image.scaled(box, size)
     if augment.rotate:
         angle = math.radians(rng.uniform(-augment.rotate, augment.rotate))
         image = image.transform(
@@ -168,7 +239,7 @@ def training_image(image: Image.Image, size: int, augment: Augmentation, rng: np
     return np.asarray(image, dtype=np.uint8)
 
 
-def turned(box: tuple[float, float, float, float], angle: float, size: int) -> tuple[float, ...]:
+def turned(box: Box, angle: float, size: int) -> tuple[float, ...]:
     """The affine map from the pixels of the result to those of a box that is turned about its centre."""
     left, top, right, bottom = box
     sx, sy = (right - left) / size, (bottom - top) / size
@@ -178,9 +249,7 @@ def turned(box: tuple[float, float, float, float], angle: float, size: int) -> t
     return a, b, x - (a + b) * size / 2, d, e, y - (d + e) * size / 2
 
 
-def _crop_box(
-    size: tuple[int, int], augment: Augmentation, rng: np.random.Generator
-) -> tuple[float, float, float, float]:
+def _crop_box(size: tuple[int, int], augment: Augmentation, rng: np.random.Generator) -> Box:
     width, height = size
     area = width * height * rng.uniform(*augment.scale)
     ratio = math.exp(rng.uniform(math.log(augment.ratio[0]), math.log(augment.ratio[1])))

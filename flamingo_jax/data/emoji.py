@@ -14,7 +14,7 @@ from PIL import Image
 
 from clip_jax.data import transforms
 from clip_jax.data.order import Order, generator, group_by
-from clip_jax.data.pipeline import Draws, Element, check_named
+from clip_jax.data.pipeline import Draws, Element, Picture, check_named
 from clip_jax.data.sources import Pair, PairSource
 from clip_jax.errors import RecordError
 from flamingo_jax.data import questions
@@ -105,7 +105,7 @@ class EmojiDocuments:
     def __post_init__(self) -> None:
         names, groups, colours = self.listing or catalogue(self.source, self.shape.image_size)
         keys: dict[str, Sequence[str | None]] = {"caption": names, "which": groups, "kind": groups, "colour": colours}
-        cache: dict[int, tuple[Pair, Image.Image]] = {}
+        cache: dict[int, tuple[Pair, Picture]] = {}
         for task in self.tasks:
             some = [[i for i in group if keys[task][i] is not None] for group in group_by(keys[task])]
             order = Order(len(self.source), self.seed, [group for group in some if group])
@@ -140,16 +140,16 @@ class EmojiDocuments:
     def _clips(self, position: int, rng: np.random.Generator) -> tuple[Document, int]:
         move = MOVES[rng.integers(len(MOVES))]
 
-        def clip(pair: Pair, image: Image.Image, _: np.random.Generator) -> Shot:
+        def clip(pair: Pair, image: Picture, _: np.random.Generator) -> Shot:
             check_named(pair)
-            frames = moving(image, move, self.shape.frames, self.shape.image_size)
+            frames = moving(transforms.whole(image), move, self.shape.frames, self.shape.image_size)
             return Shot(Media(frames), CAPTION, f"{pair.text}, {move}")
 
         shot, rejected = self._draws["caption"](position, clip)
         return Document(shot.parts()), rejected
 
     def _shot(self, task: str, position: int) -> tuple[Shot, int]:
-        def shot(pair: Pair, image: Image.Image, rng: np.random.Generator) -> Shot:
+        def shot(pair: Pair, image: Picture, rng: np.random.Generator) -> Shot:
             check_named(pair)
             media = Media(transforms.training_image(image, self.shape.image_size, self.augment, rng)[None])
             if task == "caption":
@@ -158,7 +158,8 @@ class EmojiDocuments:
                 return Shot(media, question(questions.KIND_QUESTION), questions.KINDS[pair.group])
             if task == "colour":
                 # The record has one, but a replacement for a bad one may not.
-                answer = questions.main_colour(transforms.evaluation_image(image, self.shape.image_size)) or "grey"
+                pixels = transforms.evaluation_image(transforms.whole(image), self.shape.image_size)
+                answer = questions.main_colour(pixels) or "grey"
                 return Shot(media, question(questions.COLOUR_QUESTION), answer)
             kind = questions.KINDS[pair.group]
             others = [other for other in questions.KINDS.values() if other != kind]

@@ -1,6 +1,6 @@
 """The data sets that a Flamingo is trained on, each a stream of documents as the model's arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 
 from clip_jax.data import transforms
 from clip_jax.data.order import Order, generator
-from clip_jax.data.pipeline import Element, Stream, draw
+from clip_jax.data.pipeline import Element, Picture, Stream, draw
 from clip_jax.data.sources import PairSource, open_source
 from clip_jax.errors import ConfigError, RecordError
 from flamingo_jax.data.documents import Shape, Text, stack_frames, text_arrays, tokenise, window
@@ -61,7 +61,10 @@ class PageElements:
         whole = tokenise(parts, self.tokenizer, self.end_id)
         tokens, kept = window(whole, shape.tokens, rng if self.random_window else None)
         if not any(tokens.learned):
-            raise RecordError(f"{page.key}: nothing to learn in {len(tokens.ids)} of its {len(whole.ids)} tokens")
+            raise RecordError(
+                f"{page.key}: nothing to learn in {len(tokens.ids)} of its {len(whole.ids)} tokens",
+                reason="nothing to learn",
+            )
         kept = kept[: shape.images]
         if self.features is None:
             name, item, dtype = "media", (shape.image_size, shape.image_size, 3), np.dtype(np.uint8)
@@ -78,7 +81,11 @@ class PageElements:
     def _frames(self, raw: Raw, key: str, seed: int) -> np.ndarray:
         """uint8 [F, S, S, 3]; the frames of a clip are all changed alike."""
         size = self.shape.image_size
-        frames = decode(raw, self.shape.frames, key)
+        frames: Sequence[Picture]
+        if isinstance(raw.where, bytes):
+            frames = [transforms.open_image(raw.where, key)]
+        else:
+            frames = decode(raw, self.shape.frames, key)
         return np.stack([transforms.training_image(frame, size, self.augment, generator(seed)) for frame in frames])
 
 
