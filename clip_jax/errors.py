@@ -1,5 +1,6 @@
 """Errors that a user can mend: each is one line that names the file, key or shape and what was expected."""
 
+
 class UserError(Exception):
     """What the commands print as one line, without a traceback."""
 

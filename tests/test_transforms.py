@@ -139,6 +139,37 @@ def test_training_image_takes_any_aspect(size: tuple[int, int]) -> None:
         np.testing.assert_array_equal(pixels, np.broadcast_to(np.array([9, 8, 7], np.uint8), (16, 16, 3)))
 
 
+def photo(width: int, height: int) -> Image.Image:
+    """Soft colours with edges in them, as a photograph has."""
+    rng = np.random.default_rng(width)
+    pixels = rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    image.paste((250, 240, 30), (width // 5, height // 4, width // 3, height // 2))
+    return image
+
+
+SHRUNK = [(640, 480, 4), (480, 640, 4), (500, 375, 5), (300, 250, 8), (1501, 1003, 2), (4001, 230, 8)]
+
+
+@pytest.mark.parametrize(("width", "height", "eighths"), SHRUNK)
+def test_a_jpeg_is_decoded_no_finer_than_its_crop_is_seen(width: int, height: int, eighths: int) -> None:
+    image = photo(width, height)
+    for colours in ("RGB", "L"):
+        data, augment = encode(image.convert(colours), "JPEG", quality=90), Augmentation(scale=(0.98, 1.0))
+        opened = transforms.open_image(data, "k")
+        assert isinstance(opened, transforms.Jpeg) and opened.size == (width, height)
+        fine, _ = opened.scaled((0, 0, width, height), 224)
+        assert fine.size == (-(-width * eighths // 8), -(-height * eighths // 8))
+        for key in range(2):
+            fast = training_image(opened, 224, augment, generator(key)).astype(int)
+            exact = training_image(decode(data, "k"), 224, augment, generator(key)).astype(int)
+            off = np.abs(fast - exact)
+            assert off.mean() < 1.2 and np.percentile(off, 99) < 12
+            assert off.any() == (eighths < 8)
+            # No shift: moved by half a pixel of the result, the two would differ far more.
+            assert off.mean() < 0.7 * np.abs(fast - np.roll(exact, 1, axis=1)).mean()
+
+
 def test_training_image_is_never_flipped() -> None:
     ramp = np.repeat(np.linspace(0, 255, 32).astype(np.uint8)[None, :, None], 32, 0).repeat(3, -1)
     for key in range(20):

@@ -77,7 +77,7 @@ def test_processes_start_in_the_middle_as_well(by_threads: list[Batch]) -> None:
 
 
 def test_every_skipped_record_is_counted_by_its_reason(by_threads: list[Batch]) -> None:
-    order, bad = Order(COUNT, 5), {3: "truncated image", 7: "empty file", 11: "empty text", 20: "not an image"}
+    order, bad = Order(COUNT, 5), {3: "truncated_image", 7: "empty_image", 11: "empty_caption", 20: "not_an_image"}
     for step, batch in enumerate(by_threads):
         expected: Counter[str] = Counter()
         for row in ROWS.tolist():

@@ -5,10 +5,10 @@ more cores than one interpreter can use, by processes (`clip_jax.data.workers`).
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, SupportsIndex, TypeVar, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,15 @@ _reported: set[str] = set()
 _skips: ContextVar[Skips | None] = ContextVar("skips", default=None)  # of the piece that is being read
 
 
+@runtime_checkable
+class Sharded(Protocol):
+    """A source of several files; `locate` names the file that a record lies in, and its row there."""
+
+    files: Sequence[str]
+
+    def locate(self, index: SupportsIndex) -> tuple[int, int]: ...
+
+
 @dataclass(frozen=True)
 class Stream:
     """One data set of a task's mixture: the example at every position, how many a step draws, its loss's weight."""
@@ -42,25 +51,39 @@ class Stream:
     weight: float = 1.0
 
 
-def draw(order: Order, position: int, use: Callable[[int, np.random.Generator], T], kind: int = 2) -> tuple[T, int]:
+def draw(
+    order: Order,
+    position: int,
+    use: Callable[[int, np.random.Generator], T],
+    kind: int = 2,
+    source: object = None,
+) -> tuple[T, int]:
     """(what `use` makes of the record at a position and of a generator of its own, bad records replaced).
 
     A record for which `use` raises RecordError is replaced by the one that `order` names next.
-    `kind` tells one use of randomness from another. Raises DataError after MAX_ATTEMPTS bad records.
+    `kind` tells one use of randomness from another; of `source` the name of a bad record's file is asked.
+    Raises DataError after MAX_ATTEMPTS bad records.
     """
     for attempt in range(MAX_ATTEMPTS):
-        rng = generator(order.seed, position, attempt, kind)
+        rng, index = generator(order.seed, position, attempt, kind), order.index(position, attempt)
         try:
-            return use(order.index(position, attempt), rng), attempt
+            return use(index, rng), attempt
         except RecordError as error:
             if (skips := _skips.get()) is not None:
-                skips[error.reason, error.shard] += 1
+                skips[error.reason, error.shard or _shard(source, index)] += 1
             if str(error) not in _reported and len(_reported) < MAX_REPORTED:  # once for each record and process
                 _reported.add(str(error))
                 logging.warning("record replaced: %s", error)
                 if len(_reported) == MAX_REPORTED:
                     logging.warning("%d records named; more will be counted, and not named", MAX_REPORTED)
     raise DataError(f"{MAX_ATTEMPTS} bad records in a row at position {position}; see the warnings above")
+
+
+def _shard(source: object, index: int) -> str:
+    """The file that a record lies in, of a source that has several."""
+    if isinstance(source, Sharded):
+        return source.files[source.locate(index)[0]]
+    return ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +99,7 @@ class Draws:
 
     def __call__(self, position: int, use: Callable[[Pair, Picture, np.random.Generator], T]) -> tuple[T, int]:
         """(what `use` makes of the record and a generator of this position's own, bad records replaced): see `draw`."""
-        return draw(self.order, position, lambda index, rng: use(*self._read(index), rng))
+        return draw(self.order, position, lambda index, rng: use(*self._read(index), rng), source=self.source)
 
     def _read(self, index: int) -> tuple[Pair, Picture]:
         if self.cache is not None and index in self.cache:
@@ -91,7 +114,7 @@ class Draws:
 def check_named(pair: Pair) -> None:
     """Raises RecordError where a record's text is empty."""
     if not pair.text.strip():
-        raise RecordError(f"{pair.key}: the text is empty", reason="empty text")
+        raise RecordError(f"{pair.key}: the text is empty", reason="empty_caption")
 
 
 @dataclass(frozen=True)
@@ -183,15 +206,26 @@ class _Pieces:
     batch_size: int
     parts: Sequence[np.ndarray]
 
-    def __call__(self, piece: int) -> Batch:
+    def __call__(self, piece: int, into: Mapping[str, np.ndarray] | None = None) -> Batch:
+        """The piece, in new arrays or written to those given."""
         step, part = divmod(int(piece), len(self.parts))
         skips: Skips = Counter()
         began, before, token = time.perf_counter(), time.thread_time(), _skips.set(skips)
         try:
-            arrays = _join([self.element(step * self.batch_size + int(row)) for row in self.parts[part]], np.stack)
+            elements = (self.element(step * self.batch_size + int(row)) for row in self.parts[part])
+            if into is None:
+                into = _join(list(elements), np.stack)
+            else:
+                for i, element in enumerate(elements):
+                    for name, value in element.items():
+                        if value.shape != into[name].shape[1:]:
+                            raise ValueError(
+                                f"{name}: {value.shape}; {into[name].shape[1:]} expected, as the first has"
+                            )
+                        np.copyto(into[name][i, ...], value, casting="no")
         finally:
             _skips.reset(token)
-        return Batch(arrays, skips, time.thread_time() - before, time.perf_counter() - began)
+        return Batch(into, skips, time.thread_time() - before, time.perf_counter() - began)
 
 
 def _together(pieces: Sequence[Batch]) -> Batch:

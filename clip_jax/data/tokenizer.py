@@ -166,7 +166,7 @@ class Tokenizer:
     def _valid(self, i: int, text: str) -> str:
         if len(text) > MAX_CHARACTERS:
             raise RecordError(
-                f"text {i}: {len(text):,} characters; at most {MAX_CHARACTERS:,} expected", reason="huge text"
+                f"text {i}: {len(text):,} characters; at most {MAX_CHARACTERS:,} expected", reason="long_caption"
             )
         try:
             text.encode()

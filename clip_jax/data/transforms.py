@@ -68,11 +68,17 @@ def read_image(data: bytes, key: str) -> Image.Image:
     except RecordError:
         raise
     except UnidentifiedImageError:  # its message holds an address, another one each time
-        reason = "not an image" if data else "empty file"
+        reason = "not_an_image" if data else "empty_image"
         raise RecordError(f"{key}: the image does not decode (of no known format)", reason=reason) from None
     except Exception as error:  # decoders raise many kinds; AVIF's a RuntimeError
         said = " ".join(str(error).split())[:120] or type(error).__name__
-        reason = "truncated image" if "truncated" in said.lower() else "damaged image"
+        reason = "truncated_image" if "truncated" in said.lower() else "damaged_image"
+        if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit is twice ours
+            reason = "large_image"
+        if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit is twice ours
+            reason = "large_image"
+        if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit is twice ours
+            reason = "large_image"
         raise RecordError(f"{key}: the image does not decode ({said})", reason=reason) from None
 
 
@@ -80,12 +86,12 @@ def check_size(size: tuple[int, int], key: str) -> None:
     """Raises RecordError for an image without pixels or with too many."""
     width, height = size
     if width < 1 or height < 1:
-        raise RecordError(f"{key}: an image of {width}×{height} pixels is empty", reason="damaged image")
+        raise RecordError(f"{key}: an image of {width}×{height} pixels is empty", reason="damaged_image")
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise RecordError(
             f"{key}: an image of {width}×{height} pixels is too large; at most {MAX_SIDE:,} a side and "
             f"{MAX_PIXELS:,} in all expected",
-            reason="too large",
+            reason="large_image",
         )
 
 
@@ -97,7 +103,7 @@ def accepted(image: Image.Image, key: str) -> Image.Image:
         return Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise RecordError(
-            f"{key}: an image of 32-bit pixels, of unknown range; 8 or 16 bits expected", reason="32 bits"
+            f"{key}: an image of 32-bit pixels, of unknown range; 8 or 16 bits expected", reason="unknown_range"
         )
     return image
 
@@ -172,7 +178,7 @@ def decode_frames(data: bytes, frames: int, key: str) -> list[Image.Image]:
                 found.append(accepted(image, key).convert("RGB"))
             except (EOFError, OSError, SyntaxError, ValueError) as error:
                 raise RecordError(
-                    f"{key}: frame {place} does not decode ({str(error)[:120]})", reason="damaged image"
+                    f"{key}: frame {place} does not decode ({str(error)[:120]})", reason="damaged_image"
                 ) from None
     return found
 
@@ -204,7 +210,7 @@ def evaluation_image(
         raise RecordError(
             f"{key}: an image of {image.size[0]}×{image.size[1]} pixels is too elongated; resized it would have "
             f"{width}×{height}",
-            reason="too elongated",
+            reason="elongated_image",
         )
     if image.size != (width, height):
         image = image.resize((width, height), INTERPOLATIONS[interpolation])

@@ -81,7 +81,7 @@ def fewest_rows(rows: int, prefetch: int) -> int:
 
 
 def batches(
-    read: Callable[[int], Batch],
+    read: Callable[[int, Mapping[str, np.ndarray]], Batch],
     example: Mapping[str, np.ndarray],
     lengths: Sequence[int],
     steps: range,
@@ -93,7 +93,7 @@ def batches(
     """The batches of some steps.
 
     Args:
-      read: the piece `step · len(lengths) + i` holds the `lengths[i]` rows of a batch that come next.
+      read: writes a piece to arrays. Piece `step · len(lengths) + i` is the next `lengths[i]` rows of a batch.
       example: one row's arrays.
       threads: of each process.
 
@@ -251,10 +251,9 @@ def serve(tasks: int, results: int, memory: int, payload: int) -> None:
         while task := os.read(tasks, _TASK.size):
             place, piece = _TASK.unpack(task)
             try:
-                batch = read(piece)
-                start, views = starts[piece % len(lengths)], ring.views(block, place)
-                for name, values in batch.arrays.items():
-                    views[name][start : start + len(values)] = values
+                part = piece % len(lengths)
+                rows = slice(starts[part], starts[part] + lengths[part])
+                batch = read(piece, {name: view[rows] for name, view in ring.views(block, place).items()})
                 message = (piece, batch.skips, batch.busy, batch.taken)
             except BaseException as error:
                 send(_sendable(error))

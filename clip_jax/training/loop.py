@@ -12,7 +12,6 @@ import flax
 import jax
 import jaxlib
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax import sharding
@@ -28,13 +27,15 @@ from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.prediction import read_prediction
 from clip_jax.training.preemption import Preemption, StoppedError
 from clip_jax.training.profile import Profile
+from clip_jax.training.reading import Reading, ReadingSoFar
 from clip_jax.training.state import TrainState
 from clip_jax.training.task import Task
 from clip_jax.training.watchdog import Watchdog
 
 # A run may go on with other values of these; all the others decide what is computed.
-MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "keep_every", "mesh", "data.threads",
-              "data.prefetch", "data.cache", "guard.stop_after", "watchdog", "profile", "plan", "wandb")  # fmt: skip
+MAY_CHANGE = ("log_every", "evaluate_every", "checkpoint_every", "keep", "keep_every", "mesh", "data.workers",
+              "data.threads", "data.prefetch", "data.cache", "guard.stop_after", "watchdog", "profile", "plan",
+              "wandb")  # fmt: skip
 
 
 def train(
@@ -95,11 +96,13 @@ def train(
             watchdog=watchdog,
             preemption=preemption,
             profile=profile,
+            read=ReadingSoFar(config.data.max_rejected_share, config.data.threads, config.data.get("workers", 0)),
         )
         try:
             state = run.steps(state, train_state.jit_train_step(step_fn, shardings, mesh), start)
             watchdog.other()
             checkpointer.wait()
+            run.read.report()
             if run.cut_short and int(state.step) == config.steps:
                 raise StoppedError
             return state
@@ -122,27 +125,33 @@ class _Run:
     watchdog: Watchdog
     preemption: Preemption
     profile: Profile
-    drawn: int = 0
-    rejected: int = 0
+    read: ReadingSoFar
     saved: int = 0  # the last step that was
     cut_short: bool = False  # an evaluation was
 
-    def batches(self, start: int) -> Iterator[tuple[train_state.Batches, int]]:
-        """A batch of every stream on the devices, one step transferred ahead, with their count of bad records here."""
+    def batches(self, start: int) -> Iterator[tuple[train_state.Batches, Reading]]:
+        """A batch of every stream on the devices, one step transferred ahead, and what its reading was like here."""
         data, where, streams = self.config.data, sharding.batch_sharding(self.mesh), self.task.streams()
         sizes = {name: stream.batch_size for name, stream in streams.items()}
         read = {
             name: Batches(
-                stream.element, sizes[name], sharding.local_rows(where, sizes[name]), data.threads, data.prefetch
-            )
+                stream.element,
+                sizes[name],
+                sharding.local_rows(where, sizes[name]),
+                data.threads,
+                data.prefetch,
+                data.get("workers", 0),
+            ).read(start, self.config.steps)
             for name, stream in streams.items()
         }
 
-        def placed() -> Iterator[tuple[train_state.Batches, int]]:
-            for parts in zip(*(batches(start, self.config.steps) for batches in read.values()), strict=True):
-                arrays = {name: dict(part) for name, part in zip(read, parts, strict=True)}
-                rejected = sum(int(np.sum(part.pop("rejected", 0))) for part in arrays.values())
-                yield {name: sharding.put_batch(part, where, sizes[name]) for name, part in arrays.items()}, rejected
+        def placed() -> Iterator[tuple[train_state.Batches, Reading]]:
+            for parts in zip(*read.values(), strict=True):
+                arrays = {name: dict(part.arrays) for name, part in zip(read, parts, strict=True)}
+                for part in arrays.values():
+                    part.pop("rejected", None)
+                batch = {name: sharding.put_batch(part, where, sizes[name]) for name, part in arrays.items()}
+                yield batch, Reading.of(parts)
 
         ahead = None
         for current in placed():
@@ -168,8 +177,8 @@ class _Run:
         for step in range(start + 1, config.steps + 1):
             self.watchdog.step()
             with meter.waiting():
-                batch, rejected = next(batches)
-            self.count_rejected(rejected)
+                batch, reading = next(batches)
+            self.read.add(reading)
             if step == start + 1:
                 self.watchdog.other()
                 with meter.pause():
@@ -189,8 +198,9 @@ class _Run:
                 values, skipped = self.check(*pending)
                 pending = None
                 if log:
-                    counts = {"rejected_records": self.rejected, "failed_saves": self.checkpointer.failed}
-                    self.log.write(step, values | meter.figures(step) | counts)
+                    figures, saves = meter.figures(step), {"failed_saves": self.checkpointer.failed}
+                    self.log.write(step, values | figures | self.read.counts() | saves)
+                    self.read.warn(figures["data_wait_share"])
                 if unsaved and (last or stop or not skipped):  # only after the check: what is saved is always good
                     self.save(state, step)
                     unsaved = False
@@ -254,17 +264,6 @@ class _Run:
                 good = f"the last good checkpoint is {self.checkpointer.path(kept[-1])}" if kept else "none was saved"
                 raise TrainingError(f"{what}: {in_a_row} updates skipped in a row; training stopped, {good}")
         return values, in_a_row > 0
-
-    def count_rejected(self, rejected: int) -> None:
-        """Raises TrainingError when the share of bad records among those drawn passes the limit."""
-        self.drawn += self.meter.batch_size
-        self.rejected += rejected
-        limit = self.config.data.max_rejected_share
-        if self.drawn >= 1000 and self.rejected > limit * self.drawn:
-            raise TrainingError(
-                f"{self.rejected} of {self.drawn} records drawn were bad, more than data.max_rejected_share "
-                f"{limit:g}; the warnings above name them"
-            )
 
 
 def first_state(task: Task, create: Any, abstract: TrainState, shardings: TrainState, seed: int) -> TrainState:

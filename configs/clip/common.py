@@ -39,7 +39,8 @@ def clip_config(variant: str) -> ml_collections.ConfigDict:
     data.keyword_rate = 0.0
     data.group_by_text = False
     data.cache = False
-    data.threads = 8
+    data.workers = 0  # processes that read and decode, on each host: up to its cores; 0: threads of the trainer
+    data.threads = 8  # of each of them
     data.prefetch = 2
     data.max_rejected_share = 0.01
     data.mean = (0.48145466, 0.4578275, 0.40821073)

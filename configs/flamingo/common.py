@@ -21,7 +21,7 @@ def run_config(task: str) -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict({"replica": 1, "fsdp": -1, "tensor": 1})  # -1: all devices left
     config.sharding_rules = ()  # ((logical axis, mesh axis), …) instead of clip_jax.sharding.DEFAULT_RULES
     config.frozen = ()  # patterns of paths that are not trained; of several that match the last counts, "!" takes back
-    config.data = ml_collections.ConfigDict({"threads": 2, "prefetch": 2, "max_rejected_share": 0.01})
+    config.data = ml_collections.ConfigDict({"workers": 0, "threads": 2, "prefetch": 2, "max_rejected_share": 0.01})
     config.optimizer = ml_collections.ConfigDict(
         {"lr": 1e-4, "warmup_steps": 5000, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
          "max_logit_scale": 100.0, "decay": "constant", "no_decay": "", "lr_factors": (), "agc": adaptive_clipping()}

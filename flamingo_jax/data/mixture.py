@@ -49,7 +49,7 @@ class PageElements:
     features: Features | None = None
 
     def __call__(self, position: int) -> Element:
-        element, rejected = draw(self.order, position, self._element, kind=5)
+        element, rejected = draw(self.order, position, self._element, kind=5, source=self.source)
         return element | {"rejected": np.array(rejected, np.int32)}
 
     def _element(self, index: int, rng: np.random.Generator) -> Element:
@@ -63,7 +63,7 @@ class PageElements:
         if not any(tokens.learned):
             raise RecordError(
                 f"{page.key}: nothing to learn in {len(tokens.ids)} of its {len(whole.ids)} tokens",
-                reason="nothing to learn",
+                reason="nothing_to_learn",
             )
         kept = kept[: shape.images]
         if self.features is None:
