@@ -1,17 +1,21 @@
 """What a run says of its reading: skips by reason and shard, and what limits the speed."""
 
 import io
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from clip_jax.data.order import Order
-from clip_jax.data.pipeline import Draws
+from clip_jax.data.pipeline import Draws, _Pieces
 from clip_jax.data.sources import Pair
 from clip_jax.data.workers import Batch
 from clip_jax.errors import TrainingError
+from clip_jax.training.goodput import Goodput
+from clip_jax.training.meter import Meter
 from clip_jax.training.reading import Reading, ReadingSoFar
 
 
@@ -68,6 +72,30 @@ def test_what_limits_is_said_where_a_step_waits(
     assert not caplog.records
 
 
+class Computation:
+    """What a device is busy with for some seconds."""
+
+    def __init__(self, seconds: float):
+        self._end = time.perf_counter() + seconds
+
+    def block_until_ready(self) -> None:
+        time.sleep(max(0.0, self._end - time.perf_counter()))
+
+
+@pytest.mark.parametrize("busy", [0.0, 0.3])
+def test_waiting_counts_from_when_the_devices_are_idle(tmp_path: Path, busy: float) -> None:
+    meter, start = Meter(0, 1, Goodput(tmp_path, 0), None), time.perf_counter()
+    with meter.waiting(Computation(busy) if busy else None):
+        time.sleep(0.6)
+    inside, figures = time.perf_counter() - start, meter.figures(1)
+    waited = figures["data_wait_share"] * figures["step_seconds"]
+    assert 0.1 < waited < inside - busy + 0.01
+    assert busy or waited > 0.6 - 0.01
+    with meter.waiting(Computation(60.0)):
+        time.sleep(0.01)
+    assert meter.figures(2)["data_wait_share"] == 0.0
+
+
 def test_the_file_of_a_bad_record_is_named() -> None:
     class Sharded(list[Pair]):
         files = ("a.tar", "b.tar")
@@ -78,8 +106,6 @@ def test_the_file_of_a_bad_record_is_named() -> None:
     file = io.BytesIO()
     Image.new("RGB", (9, 9)).save(file, "PNG")
     good = Pair("good", file.getvalue(), "text")
-    from clip_jax.data.pipeline import _Pieces
-
     draws = Draws(Sharded([good, good, good, Pair("bad", b"", "text")]), Order(4, 0))
 
     def element(position: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from clip_jax.data.order import Order
 from clip_jax.data.pipeline import Batches, Draws, PairElements
-from clip_jax.data.sources import ASSETS, Pair
+from clip_jax.data.sources import ASSETS, Pair, PairSource
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.data.transforms import Augmentation
 from clip_jax.data.workers import Batch
@@ -44,7 +44,7 @@ def pairs() -> list[Pair]:
     return found
 
 
-def elements(source: Sequence[Pair]) -> PairElements:
+def elements(source: PairSource) -> PairElements:
     tokenizer = Tokenizer.from_file(ASSETS / "emoji" / "tokenizer.json")
     return PairElements(Draws(source, Order(len(source), 5)), tokenizer, SIZE, 10, Augmentation())
 

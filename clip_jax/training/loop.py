@@ -176,7 +176,7 @@ class _Run:
         unsaved = False  # a save is due, and waits for an update that is not skipped
         for step in range(start + 1, config.steps + 1):
             self.watchdog.step()
-            with meter.waiting():
+            with meter.waiting(pending and pending[1]):
                 batch, reading = next(batches)
             self.read.add(reading)
             if step == start + 1:

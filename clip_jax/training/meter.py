@@ -1,8 +1,10 @@
 """How fast a run is: figures of the steps since they were last asked for."""
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import jax
 
@@ -32,11 +34,23 @@ class Meter:
         self._lap_start += time.perf_counter() - before
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What runs inside is waiting for data."""
-        before = time.perf_counter()
+    def waiting(self, running: Any = None) -> Iterator[None]:
+        """What runs inside is waiting for data, from when the devices are idle on: `running` is what they compute."""
+        before, idle = time.perf_counter(), []
+
+        def watch() -> None:
+            with suppress(Exception):  # whoever asks for its value is told
+                jax.block_until_ready(running)
+            idle.append(time.perf_counter())
+
+        if running is None:
+            idle.append(before)
+        else:
+            threading.Thread(target=watch, daemon=True).start()
         yield
-        self._lap_waited += time.perf_counter() - before
+        now = time.perf_counter()
+        if idle:
+            self._lap_waited += max(now - max(before, idle[0]), 0.0)
 
     def lap(self) -> None:
         """Counts what was trained since the last lap: for the next figures, and as productive."""

@@ -145,7 +145,7 @@ def bare(folder: str, processes: int, seconds: float) -> Rates:
 def pytorch(folder: str, processes: int, count: int) -> Rates:
     """Images a second of DataLoader and webdataset, set up as open_clip's own training does."""
     import webdataset as wds  # type: ignore[import-not-found]
-    from open_clip import get_tokenizer, image_transform  # type: ignore[import-not-found]
+    from open_clip import get_tokenizer, image_transform
 
     transform, tokenizer = image_transform(SIZE, is_train=True), get_tokenizer("ViT-B-32")
     shards = [str(path) for path in sorted(Path(folder).glob("*.tar"))]
