@@ -200,7 +200,7 @@ class _Run:
                 if log:
                     figures, saves = meter.figures(step), {"failed_saves": self.checkpointer.failed}
                     self.log.write(step, values | figures | self.read.counts() | saves)
-                    self.read.warn(figures["data_wait_share"])
+                    self.read.warn(figures["data_wait_share"] if step > start + 1 else 0.0)  # the first is always late
                 if unsaved and (last or stop or not skipped):  # only after the check: what is saved is always good
                     self.save(state, step)
                     unsaved = False
