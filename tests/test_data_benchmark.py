@@ -20,7 +20,7 @@ def test_the_pictures_are_like_the_webs_and_the_same_in_tars_and_folder(tmp_path
     assert sorted(sizes) == sorted(data.SIZES)
     assert math.isclose(density, sum(f.stat().st_size for f in files) / sum(math.prod(size) for size in sizes))
     assert 0.1 < density < 0.4
-    inside = {}
+    inside: dict[str, bytes] = {}
     for path in tmp_path.glob("*.tar"):
         with tarfile.open(path) as tar:
             inside |= {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
