@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from conftest import ORACLES
 from PIL import Image
@@ -19,6 +20,8 @@ CASE = ORACLES / "preprocess"
 META = json.loads((CASE / "meta.json").read_text())
 IMAGES = sorted((CASE / "images").iterdir())
 SIZE = META["config"]["size"]
+# Of another Pillow, pixels differ by 1/255 here and there, and those of transparent pictures wherever nothing is seen.
+SAME_PILLOW = PIL.__version__.split(".")[0] == META["versions"]["pillow"].split(".")[0]
 
 
 def png(width: int, height: int, data: bytes = b"") -> bytes:
@@ -34,12 +37,13 @@ def png(width: int, height: int, data: bytes = b"") -> bytes:
 @pytest.mark.parametrize("squash", [False, True], ids=["crop", "squash"])
 @pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.stem)
 def test_pixels_are_open_clips(path: Path, squash: bool) -> None:
+    if path.stem.startswith("rgba") and not SAME_PILLOW:
+        pytest.skip(f"of Pillow {META['versions']['pillow']}; `make test-peers` has it")
     with np.load(CASE / "expected.npz") as file:
         expected = file[f"{'squash_' if squash else ''}{path.stem}"].transpose(1, 2, 0)
     got = Preprocess(SIZE, resize_mode=SQUASH if squash else SHORTER_SIDE)(path)
     assert got.shape == (SIZE, SIZE, 3) and got.dtype == np.float32
-    # Other versions of Pillow's JPEG decoder may differ by 1/255.
-    tolerance = 2e-2 if path.suffix == ".jpg" else META["tolerance"]["value"]
+    tolerance = 2e-2 if path.suffix == ".jpg" or not SAME_PILLOW else META["tolerance"]["value"]
     assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
 
 
