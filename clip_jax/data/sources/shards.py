@@ -107,14 +107,14 @@ def find(url: str, stamp: str, form: Format) -> Index | None:
         data = fs.cat_file(path)
     except Exception:  # not there, or not ours to read: it is made anew
         return None
-    storage.write(copy, data)
+    storage.write(copy, data, sync=False)
     return _read(str(copy), url, stamp, form)
 
 
 def _read(path: str, url: str, stamp: str, form: Format) -> Index | None:
     if storage.is_remote(path):  # just written there
         fs, name = storage.filesystem(path)
-        storage.write(storage.cached(path), fs.cat_file(name))
+        storage.write(storage.cached(path), fs.cat_file(name), sync=False)
         path = str(storage.cached(path))
     if not Path(path).is_file():
         return None
@@ -163,7 +163,7 @@ class Shards:
     def _look(self, files: np.ndarray) -> Iterable[Index]:
         """What is known of files by their own indexes; those that have none are looked through."""
         names = [(self.files[f], self.stamps[f]) for f in files]
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(max(1, min(THREADS, len(names)))) as pool:
             found = list(pool.map(lambda name: find(name[0], name[1], self.format), names))
             missing = [name for name, index in zip(names, found, strict=True) if index is None]
             if self.format.indexed and len(missing) > 8:
@@ -213,7 +213,7 @@ def _read_table(url: str, stamps: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     if storage.is_remote(url):
         fs, name = storage.filesystem(url)
         try:
-            storage.write(path, fs.cat_file(name))
+            storage.write(path, fs.cat_file(name), sync=False)
         except Exception:  # not there: what the cache holds may do
             logging.debug("%s: not read", url)
     elif Path(url).is_file():

@@ -205,35 +205,71 @@ def cached(url: str) -> Path:
     return cache_folder() / "index" / hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()[:40]
 
 
-def save(url: str, data: bytes) -> str:
-    """Writes a file, whole or not at all, or its copy in the cache where nothing may be written; returns its path."""
-    if is_remote(url):
+def exists(url: str) -> bool:
+    if not is_remote(url):
+        return Path(url).is_file()
+    fs, path = filesystem(url)
+    with _named(url):
+        return fs.exists(path)
+
+
+def read_if_there(url: str) -> bytes | None:
+    """A whole small file. Raises DataError where it is there but can't be read."""
+    try:
+        if not is_remote(url):
+            return Path(url).read_bytes()
         fs, path = filesystem(url)
-        with suppress(Exception):  # a bucket that others own refuses in many ways
-            fs.pipe_file(path, data)
-            return url
-    elif os.access(folder_of(url) or ".", os.W_OK):
-        write(Path(url), data)
-        return url
-    write(cached(url), data)
-    return str(cached(url))
+        with _named(url):
+            return fs.cat_file(path) if fs.exists(path) else None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{url}: can't be read ({error.strerror})") from None
 
 
-def write(path: Path, data: bytes) -> None:
-    """Other processes may write the same file at the same time: each has a temporary name of its own."""
+def write(url: str | Path, data: bytes, sync: bool = True) -> None:
+    """Writes a file, whole or not at all; with `sync` after a power cut, too. Raises OSError, a bucket other errors."""
+    if is_remote(str(url)):
+        fs, name = filesystem(str(url))
+        fs.pipe_file(name, data)
+        return
+    path = Path(url)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Other processes may write the same file at the same time: each has a temporary name of its own.
     number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(number, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def move(file: Path, url: str) -> None:
+    """Moves a finished file to its place, in one step. On a disk it must be in the same file system."""
+    if is_remote(url):
+        fs, path = filesystem(url)
+        fs.put_file(str(file), path)
+        return
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+    file.replace(url)
+
+
+def save(url: str, data: bytes) -> str:
+    """Writes a file that can be made again: beside the data or, where that is not allowed, in the cache. → its path."""
+    try:
+        write(url, data, sync=False)
+        return url
+    except Exception:  # a disk that is full or for reading only; buckets that others own refuse in many ways
+        write(cached(url), data, sync=False)
+        return str(cached(url))
 
 
 def first_line(error: BaseException) -> str:

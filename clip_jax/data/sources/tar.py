@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from clip_jax.data.sources import storage
 from clip_jax.data.sources.records import (
@@ -169,15 +170,20 @@ class TarFormat:
 
     def members(self, index: Index, row: int) -> tuple[str, dict[str, storage.Range]]:
         """(the key, suffix → where that member lies). Raises RecordError for a record with a fault."""
-        records = index.arrays["records"][row : row + 2]
-        (first, start), (stop, end) = records.tolist()
-        name = index.arrays["keys"][start:end].tobytes().decode("utf-8", "backslashreplace")
+        try:
+            (first, start), (stop, end) = index.arrays["records"][row : row + 2].tolist()
+            name = index.arrays["keys"][start:end].tobytes().decode("utf-8", "backslashreplace")
+            reason = FAULTS[int(index.arrays["faults"][row : row + 1][0])]
+            places = index.arrays["members"][first:stop].tolist()
+            members = {index.names[suffix]: (block * BLOCK, size) for block, size, suffix in places}
+        except (KeyError, IndexError, ValueError, SafetensorError):
+            raise RecordError(
+                f"{index.url}#{row}: not in its index, which is another file's", reason="unreadable"
+            ) from None
         key = printable(f"{index.url}/{name}")
-        if fault := int(index.arrays["faults"][row : row + 1][0]):
-            reason = FAULTS[fault]
+        if reason:
             raise RecordError(f"{key}: {EXPLAINED[reason]}", reason=reason)
-        places = index.arrays["members"][first:stop].tolist()
-        return key, {index.names[suffix]: (block * BLOCK, size) for block, size, suffix in places}
+        return key, members
 
     def _image(self, key: str, members: dict[str, storage.Range]) -> storage.Range:
         names = [self.image] if self.image else [s for s in members if f".{s.rpartition('.')[2]}" in IMAGE_SUFFIXES]
