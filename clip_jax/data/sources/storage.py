@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clip_jax.errors import DataError, RecordError
+from clip_jax.files import is_folder
 
 SCHEMES = ("s3", "gs", "gcs")
 MAX_FILES = 10_000_000
@@ -72,13 +73,21 @@ def list_files(pattern: str, suffix: str) -> list[str]:
     """
     found: list[str] = []
     for name in expand(pattern):
-        if name.endswith("/") or (not is_remote(name) and Path(name).is_dir()):
+        if name.endswith("/") or (not name.endswith(suffix) and _is_folder(name)):
             found += sorted(_glob(f"{name.rstrip('/')}/*{suffix}"))
         else:
             found += sorted(_glob(name)) if any(c in name for c in "*?[") else [name]
     if not found:
         raise DataError(f"{pattern}: no such files (of a folder, *{suffix})")
     return found
+
+
+def _is_folder(name: str) -> bool:
+    if not is_remote(name):
+        return is_folder(name)
+    fs, path = filesystem(name)
+    with _named(name):
+        return fs.isdir(path)
 
 
 def _glob(pattern: str) -> list[str]:

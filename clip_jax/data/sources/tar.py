@@ -177,9 +177,7 @@ class TarFormat:
             places = index.arrays["members"][first:stop].tolist()
             members = {index.names[suffix]: (block * BLOCK, size) for block, size, suffix in places}
         except (KeyError, IndexError, ValueError, SafetensorError):
-            raise RecordError(
-                f"{index.url}#{row}: not in its index, which is another file's", reason="unreadable"
-            ) from None
+            raise RecordError(f"{index.url}#{row}: not in its index", reason="unreadable") from None
         key = printable(f"{index.url}/{name}")
         if reason:
             raise RecordError(f"{key}: {EXPLAINED[reason]}", reason=reason)
