@@ -79,7 +79,7 @@ def test_any_chunk_finds_the_same_rows(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_json_lines_are_those_that_json_reads(folder: Path) -> None:
-    rows = [{"file_name": f"images/{i}.jpg", "caption": text} for i, text in enumerate(TEXTS)]
+    rows: list[dict[str, Any]] = [{"file_name": f"images/{i}.jpg", "caption": text} for i, text in enumerate(TEXTS)]
     rows[1] = {"image": str(folder / "images/1.jpg"), "captions": ["one", "two"]}
     (folder / "t.jsonl").write_text("\n".join(json.dumps(row) + "\n" for row in rows))  # blank lines between
     source = open_source(f"jsonl:{folder}/t.jsonl")
@@ -222,6 +222,17 @@ def write_array_record(path: Path, records: Iterable[bytes]) -> str:
         writer.write(record)
     writer.close()
     return f"array_record:{path}"
+
+
+def test_array_record_files_that_are_cut_off_are_refused(folder: Path) -> None:
+    path = folder / "x.array_record"
+    spec = write_array_record(path, [to_record(PAIRS[0])] * 100)
+    data = path.read_bytes()
+    for keep in (0, 1000, 70_000, len(data) - 10):
+        path.write_bytes(data[:keep])
+        assert f"{path}: not a readable ArrayRecord file" in refusal(spec)
+    write_array_record(path, [])
+    assert "is empty" in refusal(spec)
 
 
 def test_records_are_read_by_the_form_that_is_documented(folder: Path) -> None:

@@ -384,7 +384,8 @@ def test_what_is_no_tar_is_one_line(data: bytes, tmp_path: Path) -> None:
 
 
 def test_any_flipped_byte_is_a_pair_a_record_error_or_a_data_error(tmp_path: Path) -> None:
-    rng, whole, kinds = np.random.default_rng(0), whole_tar(), set()
+    rng, whole = np.random.default_rng(0), whole_tar()
+    kinds: set[type] = set()
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
         headers = [member.offset for member in tar.getmembers()]
     for _ in range(60):
@@ -405,7 +406,7 @@ def test_an_index_of_other_contents_does_no_harm(tmp_path: Path) -> None:
     path.write_bytes(whole_tar())
     (stamp,) = storage.stamps([str(path)])
     about = {"kind": "tar-1", "stamp": stamp, "rows": 1, "damage": "", "names": ["", "jpg", "txt"], "faults": {}}
-    arrays = {"records": np.array([[0, 0], [2, 1]], np.uint32), "faults": np.zeros(1, np.uint8),
+    arrays: dict[str, np.ndarray] = {"records": np.array([[0, 0], [2, 1]], np.uint32), "faults": np.zeros(1, np.uint8),
               "members": np.array([[9_000_000, 100, 1], [1, 5, 2]], np.uint32),
               "keys": np.frombuffer(b"k", np.uint8)}  # fmt: skip
     Path(f"{path}.index").write_bytes(save(arrays, {"about": json.dumps(about)}))

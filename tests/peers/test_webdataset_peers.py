@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def picture(seed: int) -> bytes:
     return file.getvalue()
 
 
-def samples(pattern: str) -> list[dict[str, bytes]]:
+def samples(pattern: str) -> list[dict[str, Any]]:
     return list(webdataset.WebDataset(pattern, shardshuffle=False))
 
 

@@ -75,8 +75,8 @@ def _reader(path: str, stamp: str, process: int) -> Any:
         raise DataError(f"{path}: not found")
     try:
         reader = ArrayRecordReader(path, options="readahead_buffer_size:0")
-        if count := reader.num_records():
-            reader.read([count - 1])  # what a file that is cut off lacks
+        if not reader.ok():  # cut off, or of another kind: it would pass for an empty one
+            raise RuntimeError("damaged or cut off")
     except Exception as error:  # the reader is C++ and raises bare RuntimeErrors among others
         raise DataError(f"{path}: not a readable ArrayRecord file: {storage.first_line(error)}") from None
     return reader
