@@ -36,7 +36,7 @@ class Folder:
         try:
             image = path.read_bytes()
         except OSError as error:
-            raise RecordError(f"{path}: can't be read ({error.strerror})") from None
+            raise RecordError(f"{path}: can't be read ({error.strerror})", reason="unreadable") from None
         return Pair(str(path), image, captions[0], captions=captions if len(captions) > 1 else ())
 
     def captions(self, index: SupportsIndex) -> tuple[str, ...]:
@@ -47,10 +47,10 @@ class Folder:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise RecordError(f"{path}: can't be read ({error.strerror})") from None
+            raise RecordError(f"{path}: can't be read ({error.strerror})", reason="missing_caption") from None
         except UnicodeDecodeError as error:
-            raise RecordError(f"{path}: not UTF-8 (byte {error.start})") from None
+            raise RecordError(f"{path}: not UTF-8 (byte {error.start})", reason="not_utf8") from None
         captions = tuple(line.strip() for line in lines if line.strip())
         if not captions:
-            raise RecordError(f"{path}: holds no caption; expected one a line")
+            raise RecordError(f"{path}: holds no caption; expected one a line", reason="empty_caption")
         return captions

@@ -68,7 +68,9 @@ class TfdsRecords:
         try:
             return self._records[index]
         except RuntimeError as error:
-            raise RecordError(f"{self.directory}: {self.split}/{index}: {first_line(error)}") from None
+            raise RecordError(
+                f"{self.directory}: {self.split}/{index}: {first_line(error)}", reason="unreadable"
+            ) from None
 
 
 class TfdsSource:
@@ -97,7 +99,7 @@ class TfdsSource:
         captions = (str(self.classes[int(text)]),) if self.classes else tuple(map(_string, np.atleast_1d(text)))
         key = _string(example.get("key", f"{self._records.split}/{index}"))
         if not captions:
-            raise RecordError(f"{key}: no text")
+            raise RecordError(f"{key}: no text", reason="missing_caption")
         return Pair(
             key=key,
             image=image,
