@@ -1,6 +1,7 @@
 """`index`: where the records of a data set's files lie, found once by all cores, so that opening it takes no time."""
 
 import argparse
+import logging
 import multiprocessing
 import os
 import sys
@@ -52,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
                 bar.write(f"damaged: {file}: {found.damage}", file=sys.stderr)
     if bad:
         raise DataError(f"{bad} of {len(files)} files can't be read (above); --leave-out-bad counts them as empty")
+    logging.getLogger().setLevel(logging.ERROR)  # what is damaged was said above
     open_source(arguments.spec)  # writes how many records each file has
     size = sum(map(storage.size_of, stamps))
     print(f"{arguments.spec}: {rows:,} rows, {size / 1e9:,.3f} GB, {len(files):,} files" +

@@ -84,7 +84,7 @@ def build(url: str, stamp: str, form: Format, leave_out: bool = False) -> Index:
     except DataError as error:
         if not leave_out:
             raise
-        found = Contents(0, damage=f"{error} (left out)")
+        found = Contents(0, damage=f"{str(error).removeprefix(f'{url}: ')} (left out)")
     about = {"kind": form.kind, "stamp": stamp, "rows": found.rows, "damage": found.damage,
              "names": list(found.names), "faults": dict(found.faults)}  # fmt: skip
     if form.indexed or found.damage:
