@@ -9,7 +9,7 @@ reads one file and compares sizes and times; what has changed is looked at again
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -150,8 +150,8 @@ class Shards:
         table = storage.join(storage.folder_of(self.files[0]), f"{_digest(form.kind, *self.files):016x}.rows")
         self.rows, self.damaged, known = _read_table(table, digests)
         unknown = np.flatnonzero(~known)
-        for f, index in zip(unknown, self._look(unknown), strict=True):
-            self.rows[f], self.damaged[f] = index.rows, bool(index.damage)
+        if len(unknown):
+            self._look(unknown)
         if len(self.files) >= MANY and len(unknown):
             columns = {"stamps": digests, "rows": self.rows, "damaged": self.damaged}
             storage.save(table, save(columns))
@@ -160,19 +160,23 @@ class Shards:
         self._ends = np.cumsum(self.rows)
         self.classes: Sequence[str] | None = getattr(form, "classes", None)
 
-    def _look(self, files: np.ndarray) -> Iterable[Index]:
-        """What is known of files by their own indexes; those that have none are looked through."""
-        names = [(self.files[f], self.stamps[f]) for f in files]
-        with ThreadPoolExecutor(max(1, min(THREADS, len(names)))) as pool:
-            found = list(pool.map(lambda name: find(name[0], name[1], self.format), names))
-            missing = [name for name, index in zip(names, found, strict=True) if index is None]
-            if self.format.indexed and len(missing) > 8:
-                logging.info("%s … and %d more files: looked through once (`launch.prepare index` uses all cores)",
-                             missing[0][0], len(missing) - 1)  # fmt: skip
-            built = pool.map(lambda name: build(name[0], name[1], self.format), missing)
-            quiet = None if len(missing) > 8 else True
-            made = iter(tqdm(built, total=len(missing), desc="index", unit=" files", disable=quiet))
-            return [index or next(made) for index in found]
+    def _look(self, files: np.ndarray) -> None:
+        """Takes the numbers of files from their own indexes; those that have none are looked through."""
+
+        def look(some: np.ndarray) -> int:
+            for f in some:
+                name = self.files[f], self.stamps[f]
+                index = find(*name, self.format) or build(*name, self.format)
+                self.rows[f], self.damaged[f] = index.rows, bool(index.damage)  # the index itself is let go
+            return len(some)
+
+        parts = np.array_split(files, -(-len(files) // max(1, min(64, len(files) // THREADS))))
+        with (
+            ThreadPoolExecutor(min(THREADS, len(parts))) as pool,
+            tqdm(total=len(files), desc="opening", unit=" files", delay=2, disable=None) as bar,
+        ):
+            for count in pool.map(look, parts):
+                bar.update(count)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
