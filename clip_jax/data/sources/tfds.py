@@ -1,46 +1,14 @@
-"""What can be read: random access to image–text records, `len(source)` and `source[i]`.
+"""Data sets that TFDS has prepared, read without TensorFlow."""
 
-A source is named by `KIND:WHERE`; `open_source` opens it. To add a kind, write a class with `__len__` and
-`__getitem__` and enter it in `SOURCES`.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 
+from clip_jax.data.sources.records import Pair, PairSource
+from clip_jax.data.sources.storage import first_line
 from clip_jax.errors import DataError, RecordError
-
-ASSETS = Path(__file__).parent / "assets"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-
-
-def find_asset(path: str) -> Path:
-    """A file by its path or, where there is none, of that name among the embedded assets."""
-    return Path(path) if Path(path).exists() else ASSETS / path
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image, still encoded, and its text; of several captions the first, and all of them in `captions`."""
-
-    key: str
-    image: bytes
-    text: str
-    keywords: tuple[str, ...] = ()
-    group: str = ""
-    style: str = ""
-    captions: tuple[str, ...] = ()
-
-
-class PairSource(Protocol):
-    """A source whose texts are names of classes may have `classes`, all of them in their order."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: SupportsIndex) -> Pair: ...
 
 
 class TfdsRecords:
@@ -66,7 +34,7 @@ class TfdsRecords:
             builder = tfds.builder_from_directory(str(self.directory))
             features, splits = builder.info.features, builder.info.splits
         except Exception as error:  # TFDS and protobuf raise many kinds, bare Exceptions among them
-            raise DataError(f"{self.directory}: not a readable TFDS data set: {_first_line(error)}") from None
+            raise DataError(f"{self.directory}: not a readable TFDS data set: {first_line(error)}") from None
         if split not in splits:
             raise DataError(f"{self.directory}: no split {split!r}; expected one of {', '.join(sorted(splits))}")
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
@@ -89,7 +57,7 @@ class TfdsRecords:
                 self._records[len(self._records) - 1]  # the last record is what a cut-off file lacks
         except Exception as error:  # the reader is C++ and raises bare RuntimeErrors among others
             raise DataError(
-                f"{self.directory}: split {split!r} can't be read, a file is damaged or cut off: {_first_line(error)}"
+                f"{self.directory}: split {split!r} can't be read, a file is damaged or cut off: {first_line(error)}"
             ) from None
 
     def __len__(self) -> int:
@@ -100,7 +68,9 @@ class TfdsRecords:
         try:
             return self._records[index]
         except RuntimeError as error:
-            raise RecordError(f"{self.directory}: {self.split}/{index}: {_first_line(error)}") from None
+            raise RecordError(
+                f"{self.directory}: {self.split}/{index}: {first_line(error)}", reason="unreadable"
+            ) from None
 
 
 class TfdsSource:
@@ -129,7 +99,7 @@ class TfdsSource:
         captions = (str(self.classes[int(text)]),) if self.classes else tuple(map(_string, np.atleast_1d(text)))
         key = _string(example.get("key", f"{self._records.split}/{index}"))
         if not captions:
-            raise RecordError(f"{key}: no text")
+            raise RecordError(f"{key}: no text", reason="missing_caption")
         return Pair(
             key=key,
             image=image,
@@ -141,56 +111,7 @@ class TfdsSource:
         )
 
 
-class Folder:
-    """The images of a folder, in a subfolder for each class, or with captions beside them: cat.jpg, cat.txt.
-
-    A text file holds a caption a line. `classes` are the names of the subfolders in their order; None where there
-    are captions. Raises DataError where an image has neither.
-    """
-
-    def __init__(self, directory: str | Path):
-        root = Path(directory)
-        if not root.is_dir():
-            raise DataError(f"{root}: no such folder")
-        self._paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        if not self._paths:
-            raise DataError(f"{root}: no images there (expected {', '.join(sorted(IMAGE_SUFFIXES))})")
-        self._parts = len(root.parts)
-        self.classes: list[str] | None = None
-        if not any(p.with_suffix(".txt").is_file() for p in self._paths):
-            if loose := [p for p in self._paths if p.parent == root]:
-                raise DataError(f"{loose[0]}: expected in the folder of its class, or with captions beside it (.txt)")
-            self.classes = sorted({p.parts[self._parts] for p in self._paths})
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: SupportsIndex) -> Pair:
-        path, captions = self._paths[index], self.captions(index)
-        try:
-            image = path.read_bytes()
-        except OSError as error:
-            raise RecordError(f"{path}: can't be read ({error.strerror})") from None
-        return Pair(str(path), image, captions[0], captions=captions if len(captions) > 1 else ())
-
-    def captions(self, index: SupportsIndex) -> tuple[str, ...]:
-        """Raises RecordError, naming the file, where there is none or it can't be read."""
-        if self.classes:
-            return (self._paths[index].parts[self._parts],)
-        path = self._paths[index].with_suffix(".txt")
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise RecordError(f"{path}: can't be read ({error.strerror})") from None
-        except UnicodeDecodeError as error:
-            raise RecordError(f"{path}: not UTF-8 (byte {error.start})") from None
-        captions = tuple(line.strip() for line in lines if line.strip())
-        if not captions:
-            raise RecordError(f"{path}: holds no caption; expected one a line")
-        return captions
-
-
-def _open_tfds(where: str, data_dir: str | Path | None = None) -> PairSource:
+def open_tfds(where: str, data_dir: str | Path | None = None) -> PairSource:
     directory, hash_sign, split = where.rpartition("#")
     if hash_sign and directory:
         return TfdsSource(directory, split)
@@ -202,47 +123,8 @@ def _open_tfds(where: str, data_dir: str | Path | None = None) -> PairSource:
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir and str(data_dir))
     except Exception as error:  # TFDS raises many kinds
-        raise DataError(f"tfds:{where}: {_first_line(error)}") from None
+        raise DataError(f"tfds:{where}: {first_line(error)}") from None
     return TfdsSource(builder.data_path, split)
-
-
-def _open_emoji(split: str) -> PairSource:
-    return TfdsSource(ASSETS / "emoji" / "1.0.0", split)
-
-
-SOURCES: dict[str, Callable[[str], PairSource]] = {"tfds": _open_tfds, "folder": Folder, "emoji": _open_emoji}
-
-
-def open_source(spec: str, data_dir: str | Path | None = None) -> PairSource:
-    """Opens a data set by its name.
-
-    Args:
-      spec: `emoji:SPLIT` (embedded), `folder:DIRECTORY` (see `Folder`), `tfds:DIRECTORY#SPLIT`, or
-        `tfds:NAME/SPLIT` for a data set that was prepared before.
-      data_dir: where TFDS keeps its data sets; by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-
-    Raises DataError for an unknown kind and for what the kind itself refuses.
-    """
-    kind, _, where = spec.partition(":")
-    if kind not in SOURCES or not where:
-        raise DataError(f"data source {spec!r}: expected KIND:WHERE with KIND one of {', '.join(SOURCES)}")
-    source = _open_tfds(where, data_dir) if kind == "tfds" else SOURCES[kind](where)
-    if len(source) == 0:
-        raise DataError(f"data source {spec!r} is empty: expected at least one record")
-    return source
-
-
-def texts_of(source: PairSource) -> Sequence[str]:
-    """The text of every record, in order."""
-    return [source[i].text for i in range(len(source))]
-
-
-def captions_at(source: PairSource, index: int) -> tuple[str, ...]:
-    """All captions of a record; a folder's image is not read for that. Raises RecordError where it has none."""
-    if isinstance(source, Folder):
-        return source.captions(index)
-    pair = source[index]
-    return pair.captions or (pair.text,)
 
 
 def _check_shard(path: Path, length: int) -> None:
@@ -256,14 +138,10 @@ def _check_shard(path: Path, length: int) -> None:
         found = reader.num_records()
         reader.close()
     except Exception as error:
-        raise DataError(f"{path}: damaged or cut off: {_first_line(error)}") from None
+        raise DataError(f"{path}: damaged or cut off: {first_line(error)}") from None
     if found != length:
         raise DataError(f"{path}: holds {found} records; dataset_info.json says {length}")
 
 
 def _string(value: Any) -> str:
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
