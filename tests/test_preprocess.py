@@ -20,7 +20,7 @@ CASE = ORACLES / "preprocess"
 META = json.loads((CASE / "meta.json").read_text())
 IMAGES = sorted((CASE / "images").iterdir())
 SIZE = META["config"]["size"]
-# Of another Pillow, pixels differ by 1/255 here and there, and those of transparent pictures wherever nothing is seen.
+# Of another Pillow, pixels differ by 3/255 here and there, and those of transparent pictures wherever nothing is seen.
 SAME_PILLOW = PIL.__version__.split(".")[0] == META["versions"]["pillow"].split(".")[0]
 
 
@@ -43,7 +43,9 @@ def test_pixels_are_open_clips(path: Path, squash: bool) -> None:
         expected = file[f"{'squash_' if squash else ''}{path.stem}"].transpose(1, 2, 0)
     got = Preprocess(SIZE, resize_mode=SQUASH if squash else SHORTER_SIDE)(path)
     assert got.shape == (SIZE, SIZE, 3) and got.dtype == np.float32
-    tolerance = 2e-2 if path.suffix == ".jpg" or not SAME_PILLOW else META["tolerance"]["value"]
+    # Other versions of Pillow's JPEG decoder may differ by 1/255, its resize by 3/255.
+    exact = META["tolerance"]["value"] if path.suffix != ".jpg" else 2e-2
+    tolerance = exact if SAME_PILLOW else 5e-2
     assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
 
 

@@ -111,7 +111,7 @@ def ours(spec: str, processes: int, count: int) -> Rates:
 
 def bare_loop(files: Sequence[str], start: int, seconds: float) -> Rates:
     """What one core decodes, crops and resizes, and nothing else: the limit."""
-    import simplejpeg  # type: ignore[import-untyped]
+    import simplejpeg
 
     data, rng = [Path(file).read_bytes() for file in files], np.random.default_rng(start)
     done, began, used = 0, time.perf_counter(), time.process_time()
@@ -144,7 +144,7 @@ def bare(folder: str, processes: int, seconds: float) -> Rates:
 
 def pytorch(folder: str, processes: int, count: int) -> Rates:
     """Images a second of DataLoader and webdataset, set up as open_clip's own training does."""
-    import webdataset as wds  # type: ignore[import-not-found]
+    import webdataset as wds
     from open_clip import get_tokenizer, image_transform
 
     transform, tokenizer = image_transform(SIZE, is_train=True), get_tokenizer("ViT-B-32")
