@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clip_jax.errors import UserError
-from launch.benchmarking.limits import matmul_rate
+from launch.benchmarking.limits import matmul_rate, on_device
 from launch.benchmarking.peers import import_peers
 from launch.benchmarking.rows import OURS, Result, Row, Settings, Skipped, interleave, seconds
 from launch.benchmarking.turns import program
@@ -31,6 +31,8 @@ class Case:
     batch: int
     goal: float
     compiled: bool  # whether torch.compile is measured, too
+    device: str = "cpu"  # or "gpu"
+    dtype: str = "float32"  # of activations; parameters and optimizer stay in float32
 
 
 class Ran(NamedTuple):
@@ -96,7 +98,7 @@ def ours(directory: Path, case: Case) -> Callable[..., Any]:
     from launch.planning.model_flops import products_flops
 
     imported = published.read(f"open_clip:{directory}")
-    model, variables = build_two_tower(imported.config), jax.device_put(imported.variables)
+    model, variables = build_two_tower({**imported.config, "dtype": case.dtype}), jax.device_put(imported.variables)
     image, text = map(jax.device_put, inputs(directory, case.batch))
     del imported
 
@@ -157,8 +159,12 @@ def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Ran]:
     model = open_clip.CLIP(**config)
     model.load_state_dict(load_file(directory / "open_clip_model.safetensors"))
     pixels, ids = inputs(directory, case.batch)
-    image, text = torch.tensor(pixels.transpose(0, 3, 1, 2)).contiguous(), torch.tensor(ids.astype(np.int64))
+    device = "cuda" if case.device == "gpu" else "cpu"
+    model.to(device)
+    image = torch.tensor(pixels.transpose(0, 3, 1, 2)).contiguous().to(device)
+    text = torch.tensor(ids.astype(np.int64)).to(device)
     wrap = torch.compile if compiled else lambda function: function
+    precision = torch.autocast(device, getattr(torch, case.dtype), enabled=case.dtype != "float32")
 
     if case.kind != "step":
         model.eval()
@@ -167,8 +173,9 @@ def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Ran]:
 
         def run() -> Ran:
             start = time.perf_counter()
-            with torch.inference_mode():
+            with torch.inference_mode(), precision:
                 output = fast(x, normalize=True)
+            output = output.float().cpu()  # waits for it
             return Ran(time.perf_counter() - start, output.numpy())
 
         return run
@@ -186,22 +193,30 @@ def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Ran]:
     def run_step() -> Ran:
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        value = loss(*forward(image, text)[:3])
+        with precision:
+            value = loss(*forward(image, text)[:3])
         value.backward()
         optimizer.step()
-        return Ran(time.perf_counter() - start, value.detach().numpy())
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return Ran(time.perf_counter() - start, value.detach().float().cpu().numpy())
 
     return run_step
 
 
 def rows(group: str, settings: Settings) -> Iterator[Result]:
+    """Of CASES[group]."""
+    yield from rows_of(CASES[group], settings)
+
+
+def rows_of(cases: Sequence[Case], settings: Settings) -> Iterator[Result]:
     if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        for case in CASES[group]:
+        for case in cases:
             yield Skipped(case.name, f"{', '.join(absent)} not installed (pip install -e '.[peers]')")
         return
     with tempfile.TemporaryDirectory() as folder:
         saved: dict[str, Path] = {}
-        for case in CASES[group]:
+        for case in cases:
             directory = saved.setdefault(case.variant, Path(folder) / case.variant.replace("/", "-"))
             if not directory.exists():
                 with program(save, directory, case.variant) as count:
@@ -213,14 +228,15 @@ def beside(directory: Path, case: Case, settings: Settings) -> Iterator[Result]:
     """The rows of one case. Raises UserError where the sides' outputs differ."""
     name = f"{case.name}, batch {case.batch}"
     with ExitStack() as stack:
-        sides = {OURS: stack.enter_context(program(ours, directory, case))}
+        sides = {OURS: stack.enter_context(program(on_device, case.device, ours, directory, case))}
         sides["open_clip"] = stack.enter_context(program(theirs, directory, case, False))
-        compile_it = case.compiled and not settings.quick
-        if compile_it and shutil.which("c++"):
+        compile_it, can = case.compiled and not settings.quick, case.device == "gpu" or shutil.which("c++")
+        if compile_it and can:
             sides["open_clip, torch.compile"] = stack.enter_context(program(theirs, directory, case, True))
-        limit = sides[OURS]("flops").result / matmul_rate()
+        limit = sides[OURS]("flops").result / matmul_rate(case.device, case.dtype)
         found = interleave(sides, settings.rounds)
-    check_same(name, {side: [run.result.output for run in runs] for side, runs in found.items()})
+    tolerance = 2e-3 if case.dtype == "float32" else 0.05
+    check_same(name, {side: [run.result.output for run in runs] for side, runs in found.items()}, tolerance)
     for peer in list(sides)[1:]:
         yield Row(name, peer, seconds(found[OURS]), seconds(found[peer]), case.goal,
                   limit=limit, limit_name="bare matrix products")  # fmt: skip
@@ -228,11 +244,11 @@ def beside(directory: Path, case: Case, settings: Settings) -> Iterator[Result]:
         yield Skipped(f"{name}, beside torch.compile", "no C++ compiler, which it needs on a CPU")
 
 
-def check_same(name: str, outputs: dict[str, list[np.ndarray]]) -> None:
+def check_same(name: str, outputs: dict[str, list[np.ndarray]], tolerance: float = 2e-3) -> None:
     """Raises UserError where two sides did not do the same, turn by turn."""
     (first, expected), *others = outputs.items()
     for side, found in others:
         for turn, (a, b) in enumerate(zip(expected, found, strict=True)):
             apart = float(np.abs(a - b).max())
-            if not apart <= 2e-3 * max(1.0, float(np.abs(b).max())):
+            if not apart <= tolerance * max(1.0, float(np.abs(b).max())):
                 raise UserError(f"{name}: {first} and {side} are {apart:.2g} apart in turn {turn}; nothing is compared")

@@ -104,7 +104,7 @@ def measured(name: str, batch: int, found: dict[str, list[Measured]], needs: Nee
         ("prefill", PREFILL_GOAL, needs.flops / matmul_rate(), "bare matrix products"),
         ("decode", DECODE_GOALS[batch], (NEW - 1) * needs.bytes / reading_rate(), "reading the weights for each token"),
     ):
-        times = [[getattr(run.result, part) for run in found[side][1:]] for side in (OURS, peer)]
-        yield Row(f"{name}: {part}", peer, *times, goal, limit=limit, limit_name=limit_name)
-    memory = [[max(run.peak_mib for run in found[side][1:])] for side in (OURS, peer)]
-    yield Row(f"{name}: memory", peer, *memory, 1.0, unit="MiB")
+        ours, theirs = ([getattr(run.result, part) for run in found[side][1:]] for side in (OURS, peer))
+        yield Row(f"{name}: {part}", peer, ours, theirs, goal, limit=limit, limit_name=limit_name)
+    most = {side: max(run.peak_mib for run in found[side][1:]) for side in (OURS, peer)}
+    yield Row(f"{name}: memory", peer, [most[OURS]], [most[peer]], 1.0, unit="MiB")

@@ -1,6 +1,7 @@
 """What the machine itself reaches: the best of bare matrix products, and of reading memory."""
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,12 @@ from typing import Any
 from launch.benchmarking.turns import program
 
 SIZE, TRIES = 2048, 5
+
+
+def on_device(device: str, make: Callable[..., Any], *arguments: Any) -> Any:
+    """`make(*arguments)` in a process whose JAX has this device alone: "cpu" or "gpu"."""
+    os.environ["JAX_PLATFORMS"] = "cuda" if device == "gpu" else "cpu"
+    return make(*arguments)
 
 
 def _best(run: Callable[[], Any], work: float) -> float:
@@ -22,19 +29,19 @@ def _best(run: Callable[[], Any], work: float) -> float:
     return work / least
 
 
-def _products() -> Callable[[], float]:
+def _products(device: str, dtype: str) -> Callable[[], float]:
     import jax
-    import jax.numpy as jnp
 
-    x = jax.random.normal(jax.random.key(0), (SIZE, SIZE), jnp.float32)
+    n = SIZE if device == "cpu" else 4 * SIZE
+    x = jax.random.normal(jax.random.key(0), (n, n), dtype)
     multiply = jax.jit(lambda a, b: a @ b)
-    return lambda: _best(lambda: multiply(x, x), 2.0 * SIZE**3)
+    return lambda: _best(lambda: multiply(x, x), 2.0 * n**3)
 
 
 @functools.cache
-def matmul_rate() -> float:
-    """Operations a second of float32 products of 2,048² matrices, on all cores."""
-    with program(_products) as measure:
+def matmul_rate(device: str = "cpu", dtype: str = "float32") -> float:
+    """Operations a second of products of large matrices: on all cores, or on the first GPU."""
+    with program(on_device, device, _products, device, dtype) as measure:
         return measure().result
 
 

@@ -6,12 +6,12 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from launch.benchmarking.clip import check_same
-from launch.benchmarking.limits import matmul_rate
+from launch.benchmarking.limits import matmul_rate, on_device
 from launch.benchmarking.peers import import_peers
 from launch.benchmarking.rows import OURS, Result, Row, Settings, Skipped, interleave, seconds
 from launch.benchmarking.turns import program, resident_mib
@@ -58,7 +58,7 @@ def ours(examples: int, dense: bool) -> Callable[[], Ran]:
     gradient = jax.jit(jax.value_and_grad(whole if dense else tiled, argnums=(0, 1, 2)))
     arguments = (*map(jax.device_put, embeddings(examples)), jnp.float32(SCALE))
     compiled = gradient.lower(*arguments).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     mib = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / MIB
 
     def run() -> Ran:
@@ -70,40 +70,48 @@ def ours(examples: int, dense: bool) -> Callable[[], Ran]:
     return run
 
 
-def theirs(examples: int) -> Callable[[], Ran]:
+def theirs(examples: int, device: str) -> Callable[[], Ran]:
     torch, _ = import_peers()
     from open_clip.loss import ClipLoss
 
-    image, text = (torch.tensor(x, requires_grad=True) for x in embeddings(examples))
-    scale, loss = torch.tensor(SCALE, requires_grad=True), ClipLoss()
+    on_gpu = device == "gpu"
+    at = "cuda" if on_gpu else "cpu"
+    image, text = (torch.tensor(x, device=at, requires_grad=True) for x in embeddings(examples))
+    scale, loss = torch.tensor(SCALE, device=at, requires_grad=True), ClipLoss()
     loss(image[:8], text[:8], scale).backward()  # what the first call alone brings in is not the loss's
 
     def run() -> Ran:
         for x in (image, text, scale):
             x.grad = None
-        before, start = resident_mib(), time.perf_counter()
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated() / MIB if on_gpu else resident_mib(), time.perf_counter()
         value = loss(image, text, scale)
         value.backward()
+        if on_gpu:
+            torch.cuda.synchronize()
         took = time.perf_counter() - start
+        most = torch.cuda.max_memory_allocated() / MIB if on_gpu else resident_mib(peak=True)
         norms = [x.grad.norm().item() for x in (image, text, scale)]
-        return Ran(took, np.array([value.item(), *norms]), resident_mib(peak=True) - before)
+        return Ran(took, np.array([value.item(), *norms]), most - before)
 
     return run
 
 
-def rows(settings: Settings) -> Iterator[Result]:
-    examples = 1024 if settings.quick else EXAMPLES
+def rows(settings: Settings, examples: int = EXAMPLES, device: str = "cpu") -> Iterator[Result]:
+    examples = 1024 if settings.quick else examples
     name = f"contrastive loss and gradient, N = {examples:,}, D = {WIDTH}"
     with ExitStack() as stack:
-        sides = {OURS: stack.enter_context(program(ours, examples, False))}
-        sides["dense, JAX"] = stack.enter_context(program(ours, examples, True))
+        sides = {OURS: stack.enter_context(program(on_device, device, ours, examples, False))}
+        sides["dense, JAX"] = stack.enter_context(program(on_device, device, ours, examples, True))
         if importlib.util.find_spec("open_clip") is None:
             yield Skipped(f"{name}, beside open_clip", "open_clip not installed (pip install -e '.[peers]')")
         else:
-            sides["open_clip, ClipLoss"] = stack.enter_context(program(theirs, examples))
+            sides["open_clip, ClipLoss"] = stack.enter_context(program(theirs, examples, device))
         found = interleave(sides, settings.rounds)
     check_same(name, {side: [run.result.output for run in runs] for side, runs in found.items()})
-    limit = 3 * 2 * examples**2 * WIDTH / matmul_rate()
+    limit = 3 * 2 * examples**2 * WIDTH / matmul_rate(device)
     (mine,) = {run.result.temporaries_mib for run in found[OURS]}
     for peer in list(sides)[1:]:
         yield Row(name, peer, seconds(found[OURS]), seconds(found[peer]), TIME_GOAL,

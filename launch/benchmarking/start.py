@@ -27,10 +27,12 @@ def pixels() -> np.ndarray:
 
 
 def ours(directory: str) -> np.ndarray:
+    import jax.numpy as jnp
+
     from clip_jax.loading import load
 
     loaded = load(f"open_clip:{directory}")
-    return np.asarray(loaded.encode_image(loaded.params, pixels()))
+    return np.asarray(loaded.encode_image(loaded.params, jnp.asarray(pixels())))
 
 
 def theirs(directory: str) -> np.ndarray:
