@@ -1,32 +1,71 @@
-"""Speed and memory beside the libraries that users come from: `python -m launch.benchmark flamingo data`.
+"""Speed and memory beside the libraries that users come from, on this machine: `python -m launch.benchmark`.
 
-A row runs both sides on the same weights and inputs, in turns, and prints a table. Its libraries come with the extra
-`peers` (`pip install -e ".[peers]"`), but for open_flamingo (`pip install --no-deps open_flamingo einops einops_exts`);
-a part whose library is absent is named and left out.
+Each row runs both sides on the same weights and inputs, in turns A B A B, in processes of their own, and refuses to
+compare them where their outputs differ. The libraries come with the extra `peers` (`pip install -e ".[peers]"`), but
+for open_flamingo (`pip install --no-deps open_flamingo einops einops_exts`); a row whose library is absent is named
+and left out.
 """
 
 import argparse
-import importlib
+import os
 import sys
+from functools import partial
 
 from clip_jax.errors import UserError
+from launch.benchmarking import clip, compile_time, data, decode, gpu, loss, start
+from launch.benchmarking.rows import Result, Rows, Settings, Skipped, about_this_run, to_markdown, write
 
-# name: the module whose `main(rounds)` prints the row
-ROWS = {"flamingo": "launch.benchmarking.decode", "data": "launch.benchmarking.data"}
+ROWS: dict[str, Rows] = {
+    **{group: partial(clip.rows, group) for group in clip.CASES},
+    "loss": loss.rows,
+    "flamingo": decode.rows,
+    "data": data.rows,
+    "start": start.rows,
+    **{group: partial(compile_time.rows, group) for group in compile_time.MODELS},
+    "gpu": gpu.rows,
+}
+ASKED_FOR = ("compile-flamingo",)  # run only where named: it takes long
+
+
+def parser() -> argparse.ArgumentParser:
+    description, _, more = (__doc__ or "").partition("\n\n")
+    found = argparse.ArgumentParser(
+        prog="python -m launch.benchmark",
+        description=description,
+        epilog=more,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("row", nargs="*", choices=[*ROWS, []], help=f"which: {', '.join(ROWS)}; by default all")
+    found.add_argument("--rounds", type=int, default=5, help="turns that each side takes (default: %(default)s)")
+    found.add_argument("--quick", action="store_true", help="small shapes and one turn: whether all runs, not how fast")
+    found.add_argument("--json", metavar="FILE", help="the same figures, every turn's, as JSON")
+    found.add_argument("--plot", metavar="FILE.png", help="the ratios as a picture")
+    found.add_argument("--table", metavar="FILE.md", help="the table, as printed")
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m launch.benchmark", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("row", nargs="+", choices=ROWS)
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each side takes")
-    parser.add_argument("--json", action="store_true", help="all figures as JSON instead of the table (of data only)")
-    arguments = parser.parse_args()
-    for row in arguments.row:
+    arguments = parser().parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    settings = Settings(1 if arguments.quick else max(1, arguments.rounds), arguments.quick)
+    about, results = about_this_run(sys.argv[1:]), list[Result]()
+    failed = False
+    for name in arguments.row or [name for name in ROWS if name not in ASKED_FOR]:
         try:
-            options = {"as_json": True} if arguments.json and row == "data" else {}
-            importlib.import_module(ROWS[row]).main(max(1, arguments.rounds), **options)
+            for row in ROWS[name](settings):
+                results.append(row)
+                print(f"{row.name}: {row.why if isinstance(row, Skipped) else f'{row.ratio:.2f}×'}", file=sys.stderr)
         except UserError as error:
-            sys.exit(f"error: {error}")
+            failed = True
+            results.append(Skipped(name, f"failed: {error}"))
+            print(f"error: {error}", file=sys.stderr)
+    try:
+        write(results, about, arguments.json, arguments.plot, arguments.table)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(to_markdown(results, about))
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

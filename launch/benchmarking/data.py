@@ -5,7 +5,6 @@ The pictures are the embedded emoji, many to a picture, on textured ground, with
 """
 
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -25,6 +24,8 @@ import numpy as np
 from PIL import Image
 
 from clip_jax.errors import UserError
+from launch.benchmarking.peers import import_peers
+from launch.benchmarking.rows import Result, Row, Settings, Skipped
 
 SIZE, BATCH = 224, 128
 PICTURES, TARS = 1024, 4
@@ -52,7 +53,7 @@ def picture(rng: np.random.Generator, sprites: Sequence[Image.Image], size: tupl
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
-def make(folder: Path, pictures: int = PICTURES) -> float:
+def make(folder: Path, pictures: int) -> float:
     """Writes `pairs-0000i.tar` as img2dataset does, and the same files to `pairs/`. Returns bytes a pixel."""
     from clip_jax.data.sources import open_source
 
@@ -145,6 +146,8 @@ def bare(folder: str, processes: int, seconds: float) -> Rates:
 def pytorch(folder: str, processes: int, count: int) -> Rates:
     """Images a second of DataLoader and webdataset, set up as open_clip's own training does."""
     import webdataset as wds
+
+    import_peers()  # before torchvision
     from open_clip import get_tokenizer, image_transform
 
     transform, tokenizer = image_transform(SIZE, is_train=True), get_tokenizer("ViT-B-32")
@@ -165,9 +168,9 @@ def pytorch(folder: str, processes: int, count: int) -> Rates:
 
 
 @contextmanager
-def folder_of_pictures() -> Iterator[tuple[Path, float]]:
+def folder_of_pictures(pictures: int) -> Iterator[tuple[Path, float]]:
     with tempfile.TemporaryDirectory() as name:
-        yield Path(name), make(Path(name))
+        yield Path(name), make(Path(name), pictures)
 
 
 def in_python(python: str, function: str, *arguments: Any) -> Rates:
@@ -184,53 +187,38 @@ def in_python(python: str, function: str, *arguments: Any) -> Rates:
     return float(rate), float(of_a_core)
 
 
-def main(rounds: int, as_json: bool = False) -> None:
-    """Prints the table. PyTorch runs in `.venv-peers`, or here where that is not; without it the side is left out."""
+def rows(settings: Settings) -> Iterator[Result]:
+    """Seconds an image: by the clock beside PyTorch's, and of a core beside the bare loop's.
+
+    PyTorch runs in `.venv-peers`, or here where that is not; without it its row is left out.
+    """
     processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     python = PEERS if Path(PEERS).exists() else sys.executable
-    with folder_of_pictures() as (folder, density):
+    batches = 4 if settings.quick else 10
+    with folder_of_pictures(PICTURES) as (folder, density):
         where = str(folder)
         sides: dict[str, Callable[[], Rates]] = {
-            "bare loop": partial(in_python, sys.executable, "bare", where, processes, 8.0),
-            "ours": partial(in_python, sys.executable, "ours", f"folder:{where}/pairs", processes, 2 * rounds),
-            "PyTorch": partial(in_python, python, "pytorch", where, processes, 2 * rounds),
+            "bare loop": partial(in_python, sys.executable, "bare", where, processes, 2.0 if settings.quick else 8.0),
+            "ours": partial(in_python, sys.executable, "ours", f"tar:{where}/pairs-*.tar", processes, batches),
+            "PyTorch": partial(in_python, python, "pytorch", where, processes, batches),
         }
         found: dict[str, list[Rates]] = {side: [] for side in sides}
         left_out = ""
-        for _ in range(rounds):
+        for _ in range(settings.rounds):
             for side, run in sides.items():
-                if side in left_out:
+                if side == "PyTorch" and left_out:
                     continue
                 try:
                     found[side].append(run())
                 except UserError as error:
                     if side != "PyTorch":
                         raise
-                    left_out = f"PyTorch: left out ({error})"
-    if as_json:
-        print(json.dumps({"cores": processes, "bytes_a_pixel": density, "images_per_second": found}))
-        return
-    print(
-        f"{PICTURES} JPEGs of {density:.2f} bytes a pixel to batches of {BATCH}×{SIZE}², on {processes} cores; median "
-        f"(least to most) of {rounds} turns\n"
-    )
-    print("| | images/s | of the bare loop | images/s of a core | of the bare loop |\n|---|---|---|---|---|")
-    for side, runs in found.items():
-        if runs:
-            cells = []
-            for rates, limits in zip(zip(*runs, strict=True), zip(*found["bare loop"], strict=True), strict=True):
-                share = statistics.median(rate / limit for rate, limit in zip(rates, limits, strict=False))
-                cells += [spread(rates), f"{share:.0%}"]
-            print(f"| {side} | {' | '.join(cells)} |")
+                    left_out = str(error)
+    name = f"training batches of {SIZE}² from JPEGs of {density:.2f} bytes a pixel, {processes} cores: an image"
+    bare, ours, torch = ([[1 / rate for rate in rates] for rates in zip(*runs, strict=True)] for runs in found.values())
     if left_out:
-        print(f"\n{left_out}")
-        return
-    ratios = [
-        statistics.median(ours[i] / theirs[i] for ours, theirs in zip(found["ours"], found["PyTorch"], strict=True))
-        for i in range(2)
-    ]
-    print(f"\n{ratios[0]:.2f} times PyTorch's, of a core {ratios[1]:.2f} times.")
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
+        yield Skipped(name, left_out)
+    else:
+        yield Row(name, "webdataset and open_clip's transforms", ours[0], torch[0], 1.5,
+                  limit=statistics.median(bare[0]), limit_name="bare loop of decode, crop, resize")  # fmt: skip
+    yield Row("the same, time of a core", "bare loop of decode, crop, resize", ours[1], bare[1], 0.9)

@@ -7,31 +7,43 @@ Some 112 million parameters: a language model of width 512 with 12 layers and 3 
 
 import importlib
 import importlib.util
-import os
-import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from launch.benchmarking.peers import IMAGES, NEW, TOKENS, Said
+from clip_jax.errors import UserError
+from launch.benchmarking.limits import matmul_rate, reading_rate
+from launch.benchmarking.peers import NEW, Said
+from launch.benchmarking.rows import OURS, Result, Row, Settings, Skipped, interleave
 from launch.benchmarking.turns import Measured, Run, program
 
 BATCHES = (1, 8)
+PREFILL_GOAL, DECODE_GOALS = 1.2, {1: 1.5, 8: 2.0}
 DESIGNS = {  # what is needed; the first is the other side
     "idefics": ("transformers", "torch"),
     "open_flamingo": ("open_flamingo", "transformers", "torch", "open_clip", "einops_exts"),
 }
 
 
+class Needs(NamedTuple):
+    """What no program does without."""
+
+    flops: int  # of the products of a prefill
+    bytes: int  # of the weights that each token is made with
+
+
 def our_run(design: str, directory: Path) -> Run:
+    """A turn; or, with `turn` False, what it needs."""
     import jax
 
     from flamingo_jax import decoding
     from flamingo_jax.models.variants import build_flamingo
+    from launch.planning.model_flops import products_flops
 
     peer = importlib.import_module(f"launch.benchmarking.{design}")
     imported = peer.read(directory)
@@ -46,57 +58,53 @@ def our_run(design: str, directory: Path) -> Run:
         said, _ = jax.block_until_ready(decoding.resume(model, variables, logits, cache, max_new_tokens=NEW))
         return Said(read - start, time.perf_counter() - read, np.asarray(said.tokens))
 
-    return run
+    def needs(batch: int) -> Needs:
+        read = partial(decoding.prefill, model, room=NEW - 1)
+        params = variables["params"]
+        spoken = {name: params[name] for name in ("language_model", "gated", "extra_head")}
+        spoken["language_model"] = {k: v for k, v in spoken["language_model"].items() if k != "embedding"}
+        return Needs(
+            products_flops(jax.make_jaxpr(read)(variables, prepared[batch]).jaxpr),
+            sum(leaf.nbytes for leaf in jax.tree.leaves(spoken)),
+        )
+
+    return lambda batch, turn=True: run(batch) if turn else needs(batch)
 
 
-def main(rounds: int) -> None:
-    """Prints the tables. A design whose peer is not installed is named and left out."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+def rows(settings: Settings) -> Iterator[Result]:
+    """A design whose peer is not installed is named and left out."""
+    batches = (1,) if settings.quick else BATCHES
     for design, needed in DESIGNS.items():
+        name = f"Flamingo, {design}'s design"
         if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
-            print(f"{design}: left out, as {', '.join(absent)} is not installed\n")
+            yield Skipped(name, f"{', '.join(absent)} not installed")
             continue
         peer = importlib.import_module(f"launch.benchmarking.{design}")
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder)
             with program(peer.save_weights, directory) as count:
                 parameters = count().result
-            print(
-                f"{design}, {parameters / 1e6:.0f} million parameters, float32 on {os.cpu_count()} cores; {IMAGES} "
-                f"images, {TOKENS} tokens, {NEW} new ones; median (least to most) of {rounds} turns\n"
-            )
-            with (
-                program(peer.peer_run, directory, BATCHES) as theirs,
-                program(our_run, design, directory) as ours,
-            ):
-                for batch in BATCHES:
-                    table(batch, measure({needed[0]: theirs, "flamingo_jax": ours}, batch, rounds))
+            with program(our_run, design, directory) as ours, program(peer.peer_run, directory, batches) as theirs:
+                for batch in batches:
+                    found = interleave({OURS: ours, needed[0]: theirs}, settings.rounds, batch)
+                    needs = ours(batch, False).result
+                    yield from measured(f"{name} ({parameters / 1e6:.0f} M), batch {batch}", batch, found, needs)
 
 
-def measure(sides: dict[str, Any], batch: int, rounds: int) -> dict[str, list[Measured]]:
-    """All runs of each side, taken in turns after one that is not counted."""
-    found: dict[str, list[Measured]] = {side: [] for side in sides}
-    for _ in tqdm(range(rounds + 1), desc=f"batch {batch}", unit="turn", leave=False, dynamic_ncols=True):
-        for side, call in sides.items():
-            found[side].append(call(batch))
-    return {side: runs[1:] for side, runs in found.items()}
+def measured(name: str, batch: int, found: dict[str, list[Measured]], needs: Needs) -> Iterator[Row]:
+    """Prefill, decoding and memory. Raises UserError where more than a tenth of the tokens differ.
 
-
-def table(batch: int, found: dict[str, list[Measured]]) -> None:
-    theirs, ours = found.values()
-    print(f"| batch {batch} | {' | '.join(found)} | ratio |\n|---|---|---|---|")
-    prefill = [np.array([run.result.prefill for run in side]) for side in (theirs, ours)]
-    rate = [np.array([batch * (NEW - 1) / run.result.decode for run in side]) for side in (theirs, ours)]
-    memory = [max(run.peak_mib for run in side) for side in (theirs, ours)]
-    for name, (a, b), ratio in (
-        ("prefill, s", prefill, prefill[0] / prefill[1]),
-        ("decode, tokens/s", rate, rate[1] / rate[0]),
+    (Greedy tokens after a near tie are others on another order of summation, and so are all that follow them.)
+    """
+    peer = list(found)[1]
+    same = np.mean(found[OURS][0].result.tokens == found[peer][0].result.tokens)
+    if same < 0.9:
+        raise UserError(f"{name}: {same:.0%} of the tokens are {peer}'s; nothing is compared")
+    for part, goal, limit, limit_name in (
+        ("prefill", PREFILL_GOAL, needs.flops / matmul_rate(), "bare matrix products"),
+        ("decode", DECODE_GOALS[batch], (NEW - 1) * needs.bytes / reading_rate(), "reading the weights for each token"),
     ):
-        print(f"| {name} | {spread(a)} | {spread(b)} | {spread(ratio)} |")
-    print(f"| peak memory, MiB | {memory[0]:.0f} | {memory[1]:.0f} | {memory[0] / memory[1]:.2f} |")
-    same = np.mean(theirs[0].result.tokens == ours[0].result.tokens)
-    print(f"\n{same:.0%} of the tokens are the same.\n")
-
-
-def spread(values: np.ndarray) -> str:
-    return f"{statistics.median(values):.3g} ({values.min():.3g} to {values.max():.3g})"
+        ours, theirs = ([getattr(run.result, part) for run in found[side][1:]] for side in (OURS, peer))
+        yield Row(f"{name}: {part}", peer, ours, theirs, goal, limit=limit, limit_name=limit_name)
+    most = {side: max(run.peak_mib for run in found[side][1:]) for side in (OURS, peer)}
+    yield Row(f"{name}: memory", peer, [most[OURS]], [most[peer]], 1.0, unit="MiB")

@@ -19,9 +19,14 @@ class Said(NamedTuple):
 
 
 class Watch:
-    """A transformers streamer: it is given the prompt, then every token as it is chosen."""
+    """A transformers streamer: it is given the prompt, then every token as it is chosen.
+
+    Prefill counts from when this is made, not from the prompt: open_flamingo looks at the images before `generate`
+    gets that.
+    """
 
     def __init__(self) -> None:
+        self.start = time.perf_counter()
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
@@ -31,7 +36,7 @@ class Watch:
         pass
 
     def said(self, tokens: np.ndarray) -> Said:
-        return Said(self.times[1] - self.times[0], self.times[NEW] - self.times[1], tokens)
+        return Said(self.times[1] - self.start, self.times[NEW] - self.times[1], tokens)
 
 
 def import_peers() -> tuple[Any, Any]:

@@ -19,10 +19,12 @@ class Measured:
     peak_mib: float  # the most that the process held during the run, with its weights; 0 where /proc does not say
 
 
-def _peak_mib() -> float:
+def resident_mib(peak: bool = False) -> float:
+    """What this process holds, or the most that it held since `_serve` began to count; 0 where /proc does not say."""
+    key = "VmHWM" if peak else "VmRSS"
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
+            if line.startswith(key):
                 return int(line.split()[1]) * 1024 / MIB
     return 0.0
 
@@ -34,7 +36,7 @@ def _serve(make: Callable[..., Run], arguments: tuple[Any, ...], pipe: Connectio
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         result = run(*call)
-        pipe.send(Measured(result, _peak_mib()))
+        pipe.send(Measured(result, resident_mib(peak=True)))
 
 
 @contextlib.contextmanager

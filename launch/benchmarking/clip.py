@@ -1,0 +1,254 @@
+"""CLIP beside open_clip, on the same random weights and inputs, float32: embedding and training steps."""
+
+import importlib.util
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clip_jax.errors import UserError
+from launch.benchmarking.limits import matmul_rate, on_device
+from launch.benchmarking.peers import import_peers
+from launch.benchmarking.rows import OURS, Result, Row, Settings, Skipped, interleave, seconds
+from launch.benchmarking.turns import program
+
+OPTIMIZER = dict(lr=1e-5, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)  # of both sides
+NEEDED = ("torch", "open_clip")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    variant: str
+    kind: str  # image or text: the embeddings of that; step: a training step, of both towers
+    batch: int
+    goal: float
+    compiled: bool  # whether torch.compile is measured, too
+    device: str = "cpu"  # or "gpu"
+    dtype: str = "float32"  # of activations; parameters and optimizer stay in float32
+
+
+class Ran(NamedTuple):
+    """Of one turn; `output` is the embeddings, or of a step its loss."""
+
+    seconds: float
+    output: np.ndarray
+
+
+CASES = {
+    "embed": (Case("ViT-B/32 image embedding", "ViT-B/32", "image", 32, 1.5, compiled=True),),
+    "step": (Case("ViT-B/32 training step", "ViT-B/32", "step", 64, 1.3, compiled=True),),
+    "resnet": (
+        Case("RN50 image embedding", "RN50", "image", 32, 0.5, compiled=False),
+        Case("RN50 training step", "RN50", "step", 16, 0.5, compiled=False),
+    ),
+    "text": (Case("text embedding, 77 tokens", "ViT-B/32", "text", 64, 1.5, compiled=True),),
+}
+
+
+def save(directory: Path, variant: str) -> Callable[[], int]:
+    """Random weights in open_clip's format. Returns the number of parameters when called."""
+    import jax
+    import jax.numpy as jnp
+
+    from clip_jax.interop.imported import PREPROCESS
+    from clip_jax.interop.open_clip import write_open_clip
+    from clip_jax.models.variants import build_two_tower, get_variant
+    from clip_jax.sharding import unbox
+
+    config = get_variant(variant)
+    model, size = build_two_tower(config), config.vision.image_size
+    inputs = {"image": jnp.zeros((1, size, size, 3)), "text": jnp.zeros((1, config.text.context_length), jnp.int32)}
+    variables = jax.device_get(unbox(jax.jit(model.init)(jax.random.key(0), inputs)))
+    preprocess = {"image_size": size, "interpolation": "bicubic", "resize_mode": "shorter side, centre crop"}
+    write_open_clip(directory, config.to_dict(), variables, PREPROCESS["clip"] | preprocess)
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    return lambda: count
+
+
+def inputs(directory: Path, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised pixels [B, S, S, 3] and ids [B, L], whose highest, the text's end, stands last."""
+    config = json.loads((directory / "open_clip_config.json").read_text())["model_cfg"]
+    size, text = config["vision_cfg"]["image_size"], config["text_cfg"]
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, text["vocab_size"] - 1, (batch, text["context_length"]))
+    ids[:, -1] = text["vocab_size"] - 1
+    return rng.normal(size=(batch, size, size, 3)).astype(np.float32), ids.astype(np.int32)
+
+
+def ours(directory: Path, case: Case) -> Callable[..., Any]:
+    """A turn; or, called with "flops", how many operations its products take."""
+    import jax
+    import ml_collections
+    import optax
+
+    from clip_jax import sharding
+    from clip_jax.interop import published
+    from clip_jax.losses import contrastive_loss
+    from clip_jax.models.variants import build_two_tower
+    from clip_jax.training.optimizer import make_optimizer
+    from configs.clip.common import clip_config
+    from launch.planning.model_flops import products_flops
+
+    imported = published.read(f"open_clip:{directory}")
+    model, variables = build_two_tower({**imported.config, "dtype": case.dtype}), jax.device_put(imported.variables)
+    image, text = map(jax.device_put, inputs(directory, case.batch))
+    del imported
+
+    def embed(variables: Any, x: Any) -> Any:
+        return model.apply(variables, {case.kind: x})[0 if case.kind == "image" else 1]
+
+    if case.kind != "step":
+        x = image if case.kind == "image" else text
+        fast = jax.jit(embed)
+
+        def run(what: str = "turn") -> Any:
+            if what == "flops":
+                return products_flops(jax.make_jaxpr(embed)(variables, x).jaxpr)
+            start = time.perf_counter()
+            output = jax.block_until_ready(fast(variables, x))
+            return Ran(time.perf_counter() - start, np.asarray(output))
+
+        return run
+
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    options = clip_config(case.variant).optimizer
+    options.update(ml_collections.ConfigDict(OPTIMIZER | dict(decay="constant", warmup_steps=0, clip_norm=0.0)))
+    optimizer = make_optimizer(options, 1000)
+
+    def loss(params: Any, state: Any, image: Any, text: Any) -> tuple[Any, Any]:
+        (images, texts, extras), state = model.apply(
+            {"params": params, **state}, {"image": image, "text": text}, train=True, mutable=[*state]
+        )
+        over: dict[str, Any] = dict(mesh=mesh, axis_names=sharding.BATCH_AXES)
+        return contrastive_loss(images, texts, extras["logit_scale"], **over), state
+
+    def step(params: Any, state: Any, moments: Any, image: Any, text: Any) -> Any:
+        (value, state), gradient = jax.value_and_grad(loss, has_aux=True)(params, state, image, text)
+        updates, moments = optimizer.update(gradient, moments, params)
+        return optax.apply_updates(params, updates), state, moments, value
+
+    params, state = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+    held = [params, state, jax.jit(optimizer.init)(params)]
+    fast = jax.jit(step, donate_argnums=(0, 1, 2))
+
+    def run_step(what: str = "turn") -> Any:
+        if what == "flops":
+            return products_flops(jax.make_jaxpr(step)(*held, image, text).jaxpr)
+        start = time.perf_counter()
+        *held[:], value = jax.block_until_ready(fast(*held, image, text))
+        return Ran(time.perf_counter() - start, np.asarray(value))
+
+    return run_step
+
+
+def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Ran]:
+    torch, _ = import_peers()
+    import open_clip
+    from open_clip.loss import ClipLoss
+    from safetensors.torch import load_file
+
+    config = json.loads((directory / "open_clip_config.json").read_text())["model_cfg"]
+    model = open_clip.CLIP(**config)
+    model.load_state_dict(load_file(directory / "open_clip_model.safetensors"))
+    pixels, ids = inputs(directory, case.batch)
+    device = "cuda" if case.device == "gpu" else "cpu"
+    model.to(device)
+    image = torch.tensor(pixels.transpose(0, 3, 1, 2)).contiguous().to(device)
+    text = torch.tensor(ids.astype(np.int64)).to(device)
+    wrap = torch.compile if compiled else lambda function: function
+    precision = torch.autocast(device, getattr(torch, case.dtype), enabled=case.dtype != "float32")
+
+    if case.kind != "step":
+        model.eval()
+        fast = wrap(model.encode_image if case.kind == "image" else model.encode_text)
+        x = image if case.kind == "image" else text
+
+        def run() -> Ran:
+            start = time.perf_counter()
+            with torch.inference_mode(), precision:
+                output = fast(x, normalize=True)
+            output = output.float().cpu()  # waits for it
+            return Ran(time.perf_counter() - start, output.numpy())
+
+        return run
+
+    model.train()
+    forward, loss = wrap(model), ClipLoss()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=OPTIMIZER["lr"],
+        betas=(OPTIMIZER["b1"], OPTIMIZER["b2"]),
+        eps=OPTIMIZER["eps"],
+        weight_decay=OPTIMIZER["weight_decay"],
+    )
+
+    def run_step() -> Ran:
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with precision:
+            value = loss(*forward(image, text)[:3])
+        value.backward()
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return Ran(time.perf_counter() - start, value.detach().float().cpu().numpy())
+
+    return run_step
+
+
+def rows(group: str, settings: Settings) -> Iterator[Result]:
+    """Of CASES[group]."""
+    yield from rows_of(CASES[group], settings)
+
+
+def rows_of(cases: Sequence[Case], settings: Settings) -> Iterator[Result]:
+    if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        for case in cases:
+            yield Skipped(case.name, f"{', '.join(absent)} not installed (pip install -e '.[peers]')")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        saved: dict[str, Path] = {}
+        for case in cases:
+            directory = saved.setdefault(case.variant, Path(folder) / case.variant.replace("/", "-"))
+            if not directory.exists():
+                with program(save, directory, case.variant) as count:
+                    count()
+            yield from beside(directory, replace(case, batch=4) if settings.quick else case, settings)
+
+
+def beside(directory: Path, case: Case, settings: Settings) -> Iterator[Result]:
+    """The rows of one case. Raises UserError where the sides' outputs differ."""
+    name = f"{case.name}, batch {case.batch}"
+    with ExitStack() as stack:
+        sides = {OURS: stack.enter_context(program(on_device, case.device, ours, directory, case))}
+        sides["open_clip"] = stack.enter_context(program(theirs, directory, case, False))
+        compile_it, can = case.compiled and not settings.quick, case.device == "gpu" or shutil.which("c++")
+        if compile_it and can:
+            sides["open_clip, torch.compile"] = stack.enter_context(program(theirs, directory, case, True))
+        limit = sides[OURS]("flops").result / matmul_rate(case.device, case.dtype)
+        found = interleave(sides, settings.rounds)
+    tolerance = 2e-3 if case.dtype == "float32" else 0.05
+    check_same(name, {side: [run.result.output for run in runs] for side, runs in found.items()}, tolerance)
+    for peer in list(sides)[1:]:
+        yield Row(name, peer, seconds(found[OURS]), seconds(found[peer]), case.goal,
+                  limit=limit, limit_name="bare matrix products")  # fmt: skip
+    if compile_it and len(sides) == 2:
+        yield Skipped(f"{name}, beside torch.compile", "no C++ compiler, which it needs on a CPU")
+
+
+def check_same(name: str, outputs: dict[str, list[np.ndarray]], tolerance: float = 2e-3) -> None:
+    """Raises UserError where two sides did not do the same, turn by turn."""
+    (first, expected), *others = outputs.items()
+    for side, found in others:
+        for turn, (a, b) in enumerate(zip(expected, found, strict=True)):
+            apart = float(np.abs(a - b).max())
+            if not apart <= tolerance * max(1.0, float(np.abs(b).max())):
+                raise UserError(f"{name}: {first} and {side} are {apart:.2g} apart in turn {turn}; nothing is compared")

@@ -1,0 +1,197 @@
+"""What a row of the benchmark holds, and its table, JSON and plot."""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from clip_jax.errors import UserError
+from clip_jax.files import replacing, write_atomically
+from launch.benchmarking.turns import Measured
+
+LIBRARIES = ("jax", "jaxlib", "flax", "torch", "open_clip_torch", "transformers", "open_flamingo")
+OURS = "clip-flamingo-jax"
+
+
+@dataclass(frozen=True)
+class Settings:
+    rounds: int = 5
+    quick: bool = False  # small batches and shapes: whether everything runs, not how fast
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure of both sides, less being better; turn i of the one was taken beside turn i of the other.
+
+    Raises UserError where the sides have not as many turns each.
+    """
+
+    name: str
+    peer: str
+    ours: Sequence[float]
+    theirs: Sequence[float]
+    goal: float  # of the ratio, theirs / ours, which is to be at least so much
+    unit: str = "s"
+    limit: float | None = None  # what no program goes below on this machine
+    limit_name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.ours or len(self.ours) != len(self.theirs):
+            raise UserError(f"{self.name}: {len(self.ours)} turns of ours, {len(self.theirs)} of {self.peer}'s")
+
+    @property
+    def ratios(self) -> list[float]:
+        return [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def met(self) -> bool:
+        return self.ratio >= self.goal
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that was not run, and why."""
+
+    name: str
+    why: str
+
+
+Result = Row | Skipped
+Rows = Callable[[Settings], Iterator[Result]]
+
+
+def interleave(sides: Mapping[str, Callable[..., Any]], rounds: int, *call: Any) -> dict[str, list[Any]]:
+    """What each side gives when called with `call`, in turns A B A B …: the first, uncounted, and `rounds` more."""
+    found: dict[str, list[Any]] = {side: [] for side in sides}
+    for _ in tqdm(range(rounds + 1), unit="turn", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()):
+        for side, run in sides.items():
+            found[side].append(run(*call))
+    return found
+
+
+def seconds(runs: Sequence[Measured]) -> list[float]:
+    """Of all turns but the first."""
+    return [run.result.seconds for run in runs[1:]]
+
+
+def figure(value: float, unit: str) -> str:
+    if unit == "s" and value < 1:
+        return f"{value * 1000:.3g} ms"
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def to_markdown(results: Sequence[Result], about: Mapping[str, Any]) -> str:
+    """The table, of medians; a ratio above 1 says that ours is faster or smaller."""
+    lines = [
+        "| row | peer | ours | peer's | ratio (least to most) | limit | goal | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        if isinstance(row, Row):
+            ours, theirs = (figure(statistics.median(side), row.unit) for side in (row.ours, row.theirs))
+            spread = f"{row.ratio:.2f}× ({min(row.ratios):.2f} to {max(row.ratios):.2f})"
+            limit = "" if row.limit is None else f"{figure(row.limit, row.unit)}: {row.limit_name}"
+            met = "met" if row.met else "missed"
+            cells = [row.name, row.peer, ours, theirs, spread, limit, f"≥ {row.goal:.2g}×", met]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    lines += [f"- {row.name}: not run: {row.why}" for row in results if isinstance(row, Skipped)]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines += [f"\n{about['machine']}; Python {about['python']}, {versions}; commit {about['commit']};", ""]
+    lines += [f"    {about['command']}", ""]
+    return "\n".join(lines)
+
+
+def to_json(results: Sequence[Result], about: Mapping[str, Any]) -> str:
+    rows: list[dict[str, Any]] = []
+    for row in results:
+        fields = dataclasses.asdict(row)
+        rows.append(fields | ({"ratios": row.ratios, "met": row.met} if isinstance(row, Row) else {}))
+    return json.dumps({**about, "rows": rows}, indent=1) + "\n"
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Each row's ratio with its spread, and its goal. Raises UserError where matplotlib is absent."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in results if isinstance(row, Row)][::-1]
+    figure_, axes = pyplot.subplots(figsize=(9, 1 + 0.4 * len(rows)))
+    low, high = ([abs(end(row.ratios) - row.ratio) for row in rows] for end in (min, max))
+    colours = ["#2a7" if row.met else "#c63" for row in rows]
+    axes.barh(range(len(rows)), [row.ratio for row in rows], xerr=[low, high], color=colours, capsize=3)
+    axes.plot([row.goal for row in rows], range(len(rows)), "k|", markersize=16, label="goal")
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{row.name}\nbeside {row.peer}" for row in rows], fontsize=7)
+    axes.set_xlabel("peer's time or memory / ours")
+    axes.legend()
+    figure_.tight_layout()
+    with replacing(path) as temporary:
+        figure_.savefig(temporary, dpi=120, format=path.suffix.removeprefix(".") or "png")
+    pyplot.close(figure_)
+
+
+def write(
+    results: Sequence[Result], about: Mapping[str, Any], json_path: str | None, plot_path: str | None, table: str | None
+) -> None:
+    """Those of the files that are named."""
+    if json_path:
+        write_atomically(Path(json_path), to_json(results, about))
+    if table:
+        write_atomically(Path(table), to_markdown(results, about))
+    if plot_path:
+        plot(results, Path(plot_path))
+
+
+def about_this_run(arguments: Sequence[str]) -> dict[str, Any]:
+    """Machine, versions, commit and command, as text."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+        "command": " ".join(["python -m launch.benchmark", *arguments]),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")

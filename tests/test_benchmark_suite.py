@@ -1,0 +1,128 @@
+"""The benchmark's figures, table and refusals; what it measures is measured by running it."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_jax.errors import UserError
+from launch import benchmark
+from launch.benchmarking import compile_time, start
+from launch.benchmarking.clip import check_same
+from launch.benchmarking.peers import NEW, Watch
+from launch.benchmarking.rows import Result, Row, Settings, Skipped, interleave, to_json, to_markdown, write
+from launch.benchmarking.turns import resident_mib
+
+ABOUT = {"machine": "two cores", "python": "3", "versions": {"jax": "1"}, "commit": "abc", "command": "python -m x"}
+ROWS: list[Result] = [
+    Row("embedding", "open_clip", [1.0, 2.0, 4.0], [3.0, 3.0, 9.0], 1.5, limit=0.5, limit_name="products"),
+    Row("loss: memory", "dense", [150.0], [300.0], 10.0, unit="MiB"),
+    Skipped("step", "no GPU"),
+]
+
+
+def test_a_ratio_is_of_turns_taken_side_by_side_and_the_median_counts() -> None:
+    row = ROWS[0]
+    assert isinstance(row, Row)
+    assert row.ratios == [3.0, 1.5, 2.25] and row.met
+    assert row.ratio == 2.25  # of medians it would be 3 / 2, of means 15 / 7
+    assert not Row("a", "b", [1.0], [1.4], 1.5).met
+    with pytest.raises(UserError, match="embedding: 2 turns of ours, 1 of open_clip's"):
+        Row("embedding", "open_clip", [1.0, 1.0], [1.0], 1.0)
+
+
+def test_the_table_says_what_was_met_what_was_not_run_and_on_what() -> None:
+    lines = to_markdown(ROWS, ABOUT).splitlines()
+    assert lines[2] == (
+        "| embedding | open_clip | 2 s | 3 s | 2.25× (1.50 to 3.00) | 500 ms: products | ≥ 1.5× | met |"
+    )  # fmt: skip
+    assert lines[3] == "| loss: memory | dense | 150 MiB | 300 MiB | 2.00× (2.00 to 2.00) |  | ≥ 10× | missed |"
+    assert "- step: not run: no GPU" in lines
+    assert "two cores; Python 3, jax 1; commit abc;" in lines and "    python -m x" in lines
+    assert {line.count("|") for line in lines[:4]} == {9}
+
+
+def test_files_hold_every_turn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write(ROWS, ABOUT, str(tmp_path / "a.json"), str(tmp_path / "a.png"), str(tmp_path / "a.md"))
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found == json.loads(to_json(ROWS, ABOUT))
+    assert found["commit"] == "abc" and found["rows"][0]["theirs"] == [3.0, 3.0, 9.0]
+    assert found["rows"][0]["met"] and not found["rows"][1]["met"] and found["rows"][2]["why"] == "no GPU"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sides_take_turns() -> None:
+    calls: list[str] = []
+
+    def side(name: str) -> int:
+        calls.append(name)
+        return len(calls)
+
+    found = interleave({"a": lambda: side("a"), "b": lambda: side("b")}, 2)
+    assert calls == ["a", "b"] * 3 and found == {"a": [1, 3, 5], "b": [2, 4, 6]}
+
+
+def test_what_differs_is_not_compared() -> None:
+    one = np.array([0.5, -0.5])
+    check_same("row", {"ours": [one, one], "peer": [one + 1e-4, one]})
+    for wrong in (one + 0.01, one * np.nan, -one):
+        with pytest.raises(UserError, match="row: ours and peer are .* apart in turn 1; nothing is compared"):
+            check_same("row", {"ours": [one, one], "peer": [one, wrong]})
+
+
+def test_a_peers_prefill_counts_what_it_does_before_it_reads_the_prompt() -> None:
+    watch = Watch()
+    time.sleep(0.05)  # the images
+    for _ in range(NEW + 1):
+        watch.put(None)
+    said = watch.said(np.zeros(NEW))
+    assert said.prefill >= 0.05 > said.decode
+
+
+def test_memory_that_a_turn_takes_is_seen() -> None:
+    before = resident_mib()
+    held = np.ones(2**24)
+    assert before > 0 and resident_mib() - before > 100 and held.nbytes == 2**27
+    assert resident_mib(peak=True) >= resident_mib() - 1
+
+
+def test_absent_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    quick = Settings(1, quick=True)
+    for rows, what in (
+        (benchmark.ROWS["embed"], "torch, open_clip not installed"),
+        (benchmark.ROWS["flamingo"], "transformers, torch not installed"),
+        (start.rows, "torch, open_clip not installed"),
+        (lambda s: compile_time.rows("compile", s), "libtpu not installed"),
+    ):
+        found = list(rows(quick))
+        assert found
+        for row in found:
+            assert isinstance(row, Skipped) and what.split(" not ")[0] in row.why and "not installed" in row.why
+
+
+def test_a_side_that_fails_from_the_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="KeyError: 'nobody'"):
+        start.from_start("nobody", tmp_path)
+
+
+def test_the_command_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    for row in benchmark.ROWS:
+        assert benchmark.parser().parse_args([row, "--quick"]).row == [row]
+    assert benchmark.parser().parse_args([]).row == []
+    with pytest.raises(SystemExit):
+        benchmark.parser().parse_args(["nothing"])
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
+def test_steps_whose_compile_time_is_taken_differ_in_depth_alone() -> None:
+    for model in compile_time.MODELS.values():
+        few, many = (compile_time.step_config(model, depth).to_dict() for depth in (6, 24))
+        assert few != many
+        parts = ("vision", "text") if model == "ViT-L/14" else ("language_model",)
+        for part in parts:
+            assert (few["model"][part].pop("layers"), many["model"][part].pop("layers")) == (6, 24)
+        assert few == many
