@@ -47,7 +47,9 @@ def by_query(ranks: np.ndarray, queries: Iterable[list[int]], bounds: np.ndarray
     of_pairs, of_queries = of_pairs[chosen], of_queries[chosen]
     order = np.lexsort((of_pairs, of_queries))
     found, starts = np.unique(of_queries[order], return_index=True)
-    yield from zip(found.tolist(), np.split(of_pairs[order], starts[1:]), strict=True)
+    ends = [*starts[1:].tolist(), len(order)]
+    for query, start, end in zip(found.tolist(), starts.tolist(), ends, strict=False):  # of no query, no end
+        yield query, of_pairs[order[start:end]]
 
 
 class Smallest(beam.CombineFn):
