@@ -312,7 +312,8 @@ def _largest(item: tuple[int, np.ndarray], t: int) -> tuple[int, int]:
 
 
 def _place(pair: duplicates.Pair, part: int) -> tuple[int, int]:
-    return divmod(pair[duplicates.INDEX], part)
+    _, index, *_ = pair
+    return divmod(index, part)
 
 
 def _no_place(part: int) -> tuple[int, int]:
