@@ -193,7 +193,9 @@ def compile_lowered(lowered: Lowered, topology: Topology, steps: int, ideal_flop
         costs = None
     else:
         memory = measured_memory(arguments, compiled.memory_analysis())
-        costs = measured_costs(Program(compiled.as_text()), topology, list(mesh.devices.flat))
+        text = compiled.as_text()
+        assert text is not None
+        costs = measured_costs(Program(text), topology, list(mesh.devices.flat))
     seconds = lowered.seconds + time.process_time() - start
     each = topology.chip.devices
     return Plan(
