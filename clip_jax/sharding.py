@@ -111,6 +111,11 @@ def examples_everywhere(count: int) -> Iterator[None]:
         yield
 
 
+def mesh_axes() -> int:
+    """How many axes of the mesh in use have more than one device."""
+    return sum(size > 1 for size in jax.sharding.get_abstract_mesh().shape.values())
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the mesh divides a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
