@@ -134,6 +134,42 @@ def on_own_examples(function: Callable[..., jax.Array], x: jax.Array, whole: jax
     return jax.shard_map(function, in_specs=(spec, PartitionSpec()), out_specs=spec)(x, whole)
 
 
+def take_rows(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
+    """The rows of a table [V, D] of logical axes (vocab, embed) that ids [B, …] name, [B, …, D] in `dtype`.
+
+    A table is used as any parameter is: put together over the axes that examples are parted over, as its gradient is
+    summed over them: what that takes does not grow with the batch. Over other axes its rows stay apart, and what each
+    device knows of its own examples' is summed. (Left to XLA's partitioner, a device looks up what all examples want in
+    its part of the width, or puts the rows of the whole batch together.)
+
+    A plain look-up outside `use_mesh`, and where the mesh does not divide the batch. Ids outside the table mean its
+    nearest row.
+    """
+    ids = jnp.clip(ids, 0, table.shape[0] - 1)
+    mesh, batch = jax.sharding.get_abstract_mesh(), _mesh_axes("batch")
+    if mesh.empty or ids.shape[0] % math.prod(mesh.shape[axis] for axis in batch):
+        return table[ids].astype(dtype)
+    axes = tuple(axis for axis in _mesh_axes("vocab") if axis not in batch)
+    spec = divisible(table.shape, (axes, None), mesh)
+
+    def local(table: jax.Array, ids: jax.Array) -> jax.Array:
+        if not spec[0]:
+            return table[ids].astype(dtype)
+        ids = ids - jax.lax.axis_index(axes) * table.shape[0]
+        found = table[jnp.clip(ids, 0, table.shape[0] - 1)].astype(dtype)
+        known = (ids >= 0) & (ids < table.shape[0])  # on one of the devices along `axes`
+        return jax.lax.psum(jnp.where(known[..., None], found, 0), axes)
+
+    with jax.named_scope("look_up"):
+        return jax.shard_map(local, in_specs=(spec, PartitionSpec(batch)), out_specs=PartitionSpec(batch))(table, ids)
+
+
+def _mesh_axes(name: str) -> tuple[str, ...]:
+    """The axes of the mesh over which the rules lay a logical axis."""
+    (axes,) = nn.logical_to_mesh_axes((name,))
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raises ConfigError where the mesh does not divide the batch."""
     if batch_size % batch_shards(mesh):

@@ -132,7 +132,7 @@ def whole_activations(program: Program) -> list[tuple[str, list[tuple[int, ...]]
     return [
         (scope, shapes)
         for scope, shapes, _ in gathered(program)
-        if "shard_map" not in scope and any(size and size % BATCH == 0 for shape in shapes for size in shape)
+        if ")/shard_map" not in scope and any(size and size % BATCH == 0 for shape in shapes for size in shape)
     ]
 
 

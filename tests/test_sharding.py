@@ -15,6 +15,8 @@ from clip_jax import sharding
 from clip_jax.errors import ConfigError
 from clip_jax.losses import contrastive_loss
 from clip_jax.models.variants import VARIANTS, build_two_tower, get_variant
+from launch.planning.counting import collectives
+from launch.planning.hlo import Program
 
 BATCH = 16
 
@@ -144,6 +146,37 @@ def test_an_axis_that_does_not_divide_is_dropped() -> None:
     mesh = sharding.make_mesh({"fsdp": 8})
     box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((3, 3, 3, 8), jnp.float32), (None, None, "conv_in", "channels"))
     assert sharding.tree_shardings({"kernel": box}, mesh)["kernel"].spec == P(None, None, None, "tensor")
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
+def test_rows_of_a_table_are_taken_on_any_mesh(shape: tuple[int, int, int]) -> None:
+    V, D, B, L = 40, 16, 48, 5
+    rng = np.random.default_rng(0)
+    table, weight = rng.normal(size=(V, D)), rng.normal(size=(B, L, D))
+    ids = rng.integers(-2, V + 2, size=(B, L))
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)))
+    rows, parts = sharding.batch_sharding(mesh), NamedSharding(mesh, P("tensor", "fsdp"))
+
+    def look_up(table: jax.Array, ids: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, backward = jax.vjp(lambda table: sharding.take_rows(table, ids, table.dtype), table)
+        return y, backward(weight)[0]
+
+    with jax.enable_x64(True), sharding.use_mesh(mesh):
+        placed = jax.device_put((table, ids, weight), (parts, rows, rows))
+        compiled = jax.jit(look_up, out_shardings=(rows, parts)).lower(*placed).compile()
+        y, gradient = compiled(*placed)
+    nearest, expected = ids.clip(0, V - 1), np.zeros((V, D))
+    np.add.at(expected, nearest, weight)
+    assert y.dtype == gradient.dtype == np.float64
+    np.testing.assert_array_equal(y, table[nearest])
+    np.testing.assert_allclose(gradient, expected, rtol=1e-14, atol=1e-14)
+
+    text = compiled.as_text()
+    assert text is not None
+    # A device's own examples' rows, and its part of the vocabulary with its gradient: never anybody else's examples.
+    own, part = 8 * B * L * D // (shape[0] * shape[1]), 8 * V * D // shape[2]
+    sent = sum(collective.bytes for collective in collectives(Program(text), 8))
+    assert 0 < sent <= 2 * own * (shape[2] > 1) + 3 * part
 
 
 def test_meshes_that_do_not_fit_are_named() -> None:

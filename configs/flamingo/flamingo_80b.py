@@ -9,7 +9,7 @@
 
 Cost by the plan, of pages alone, at best: 2,048 a step on 512 v5p chips take 13.9 GiB on each and 1.36 s, for 500,000
 steps 8 days and $406,000. 512 a step on 256 v5e chips (`--topology v5e:16x16 --config.mesh.tensor=8
---config.data.mixture.pages.batch_size=512`) take 11.2 of 15.75 GiB and 2.0 s, 12 days and $87,000. Pairs and clips come
+--config.data.mixture.pages.batch_size=512`) take 11.4 of 15.75 GiB and 2.0 s, 12 days and $87,000. Pairs and clips come
 on top. `configs/flamingo/flamingo_80b.py:debug` takes seconds.
 """
 

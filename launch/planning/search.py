@@ -1,5 +1,6 @@
 """Tries meshes, rematerialisation and micro-batches of a config on a topology, and ranks what fits."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from clip_jax.errors import ConfigError
 from clip_jax.models.layers import REMAT_POLICIES
+from clip_jax.sharding import MESH_AXES
 from launch.planning.hardware import Topology
 from launch.planning.report import gib, remat_keys, seconds, to_json
 from launch.planning.step import BuildTask, Plan, compile_step
@@ -33,7 +35,7 @@ def search(config: ml_collections.ConfigDict, topology: Topology, build_task: Bu
     Of every mesh and policy, micro-batches are doubled from 1 until the step fits: more would only be slower.
     """
     found = []
-    meshes, policies = list(mesh_shapes(topology)), list(remat_choices(config))
+    meshes, policies = list(mesh_shapes(config, topology)), list(remat_choices(config))
     with tqdm(total=len(meshes) * len(policies), desc="search", unit="choice", dynamic_ncols=True) as bar:
         for mesh in meshes:
             for policy in policies:
@@ -59,19 +61,25 @@ def order(result: Result) -> tuple[bool, float]:
     return (True, result.plan.memory.peak) if costs is None else (not result.plan.fits, costs.step_seconds)
 
 
-def mesh_shapes(topology: Topology) -> Iterator[dict[str, int]]:
-    """Parameters over all devices; over some, replicated beyond; and each layer over 2 and 4 devices."""
+def mesh_shapes(config: ml_collections.ConfigDict, topology: Topology) -> Iterator[dict[str, int]]:
+    """The config's own; parameters over all devices; over some, replicated beyond; each layer over 2 and 4 devices."""
     devices = topology.chips * topology.chip.devices
-    shapes = [(1, devices, 1), (devices, 1, 1), (devices // 8, 8, 1), (1, devices // 2, 2), (1, devices // 4, 4)]
-    for replica, fsdp, tensor in dict.fromkeys(shapes):
-        if replica * fsdp * tensor == devices:
-            yield {"mesh.replica": replica, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+    own = [config.mesh.get(axis, 1) for axis in MESH_AXES]
+    left = devices // abs(math.prod(own))  # for the axis of size -1
+    shapes = [tuple(left if size == -1 else size for size in own)]
+    shapes += [(1, devices, 1), (devices, 1, 1), (devices // 8, 8, 1), (1, devices // 2, 2), (1, devices // 4, 4)]
+    for shape in dict.fromkeys(shapes):
+        if math.prod(shape) == devices:
+            yield {f"mesh.{axis}": size for axis, size in zip(MESH_AXES, shape, strict=True)}
 
 
 def remat_choices(config: ml_collections.ConfigDict) -> Iterator[dict[str, Any]]:
-    """One policy for all towers at a time."""
+    """One policy for all towers at a time; where all there is to say is yes or no, those two."""
     keys = remat_keys(config)
-    for policy in ("none", *reversed(REMAT_POLICIES)) if keys else ():
+    policies = ("none", *reversed(REMAT_POLICIES))
+    if all(isinstance(value, bool) for value in keys.values()):
+        policies = ("none", "full")
+    for policy in policies if keys else ("",):
         yield {k: (policy != "none") if isinstance(v, bool) else policy for k, v in keys.items()}
 
 

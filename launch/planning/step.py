@@ -1,5 +1,6 @@
 """Compiles a config's training step for a topology, and reads its costs from the compiled program."""
 
+import hashlib
 import math
 import re
 import time
@@ -98,6 +99,7 @@ class Plan:
     model_flops: float  # of one chip
     costs: Costs | None
     steps: int
+    program: str  # the digest of what was compiled
     compile_seconds: float  # of a CPU's time
 
     @property
@@ -120,21 +122,42 @@ class Plan:
         return self.steps * self.costs.step_seconds * self.topology.chips / 3600
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """A step as JAX hands it to the compiler."""
+
+    step: jax.stages.Lowered
+    state: train_state.TrainState  # abstract, with its shardings
+    batch: dict[str, dict[str, jax.ShapeDtypeStruct]]
+    mesh: Mesh
+    seconds: float  # of a CPU's time
+
+    def digest(self) -> str:
+        """Of the program, whatever config and code it comes of: 12 letters."""
+        return hashlib.sha256(self.step.as_text().encode()).hexdigest()[:12]
+
+
 def compile_step(config: ml_collections.ConfigDict, topology: Topology, build_task: BuildTask) -> Plan:
     """The plan of a config on a topology. No data are read, nothing is allocated, no TPU is touched.
 
     Raises ConfigError for a config, mesh or topology that can't be.
     """
     with without_data(config) as config:
-        return _compile(config, topology, build_task)
+        lowered = lower(config, topology, build_task)
+        ideal = model_flops(config, build_task, topology.devices[:1]) / topology.chips
+    return compile_lowered(lowered, topology, config.steps, ideal)
 
 
-def _compile(config: ml_collections.ConfigDict, topology: Topology, build_task: BuildTask) -> Plan:
-    devices = topology.devices
-    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
+def lower_step(config: ml_collections.ConfigDict, topology: Topology, build_task: BuildTask) -> Lowered:
+    """The first part of `compile_step`, which takes seconds."""
+    with without_data(config) as config:
+        return lower(config, topology, build_task)
+
+
+def lower(config: ml_collections.ConfigDict, topology: Topology, build_task: BuildTask) -> Lowered:
+    mesh = sharding.make_mesh(config.mesh.to_dict(), topology.devices)
     task, rules = build_task(config, mesh), sharding.rules_of(config.sharding_rules)
-    streams = task.streams()
-    for stream in streams.values():
+    for stream in task.streams().values():
         sharding.check_batch(stream.batch_size, mesh)
     with sharding.use_mesh(mesh, rules):
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -143,40 +166,49 @@ def _compile(config: ml_collections.ConfigDict, topology: Topology, build_task: 
         create = train_state.create_fn(task, optimizer, config.frozen)
         state, shardings = train_state.abstract_state(create, mesh, rules)
         batch = abstract_batch(task, mesh)
-        step: Any = train_state.jit_train_step(train_state.train_step_fn(task, optimizer, config.seed), shardings, mesh)
+        function = train_state.train_step_fn(task, optimizer, config.seed, config.guard.spike_factor)
+        step: Any = train_state.jit_train_step(function, shardings, mesh)
         start = time.process_time()
-        lowered = step.lower(state, batch)
-        kinds = {
-            "trained_parameters": state.trainable,
-            "frozen_parameters": state.frozen,
-            "optimizer_state": state.opt_state,
-            "model_state": state.model_state,
-            "batch": batch,
-        }
-        arguments = {kind: sum(map(shard_bytes, jax.tree.leaves(tree))) for kind, tree in kinds.items()}
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            used = used_memory(str(error))
-            if used is None:
-                raise
-            memory = Memory(**arguments, padding=0, program=0, temporaries=used - sum(arguments.values()))
-            costs = None
-        else:
-            memory = measured_memory(arguments, compiled.memory_analysis())
-            costs = measured_costs(Program(compiled.as_text()), topology, list(mesh.devices.flat))
-        seconds = time.process_time() - start
+        return Lowered(step.lower(state, batch), state, batch, mesh, time.process_time() - start)
+
+
+def compile_lowered(lowered: Lowered, topology: Topology, steps: int, ideal_flops: float) -> Plan:
+    state, mesh = lowered.state, lowered.mesh
+    kinds = {
+        "trained_parameters": state.trainable,
+        "frozen_parameters": state.frozen,
+        "optimizer_state": state.opt_state,
+        "model_state": state.model_state,
+        "batch": lowered.batch,
+    }
+    arguments = {kind: sum(map(shard_bytes, jax.tree.leaves(tree))) for kind, tree in kinds.items()}
+    start = time.process_time()
+    try:
+        compiled = lowered.step.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = used_memory(str(error))
+        if used is None:
+            raise
+        memory = Memory(**arguments, padding=0, program=0, temporaries=used - sum(arguments.values()))
+        costs = None
+    else:
+        memory = measured_memory(arguments, compiled.memory_analysis())
+        text = compiled.as_text()
+        assert text is not None
+        costs = measured_costs(Program(text), topology, list(mesh.devices.flat))
+    seconds = lowered.seconds + time.process_time() - start
     each = topology.chip.devices
     return Plan(
         topology=topology,
         mesh={axis: int(size) for axis, size in mesh.shape.items()},
-        batch={name: stream.batch_size for name, stream in streams.items()},
+        batch={name: next(iter(part.values())).shape[0] for name, part in lowered.batch.items()},
         trained=parameter_count(state.trainable),
         frozen=parameter_count(state.frozen),
         memory=Memory(**{field.name: each * getattr(memory, field.name) for field in fields(Memory)}),
-        model_flops=model_flops(config, build_task, devices[:1]) / topology.chips,
+        model_flops=ideal_flops,
         costs=costs,
-        steps=config.steps,
+        steps=steps,
+        program=lowered.digest(),
         compile_seconds=seconds,
     )
 
@@ -286,7 +318,7 @@ def purpose(collective: Collective) -> str:
     """What is sent, and for what, by the path that JAX gives it: "summed in backward of vision/transformer"."""
     kind, parts = collective.kind, collective.scope.split("/")
     modules = "/".join([part for part in parts[:-1] if part.isidentifier() and not _WRAPPERS.match(part)][:2])
-    if "shard_map" in parts:
+    if "shard_map" in parts and not modules:  # a look-up's or a convolution's stands in a module
         place = "the loss"
     elif "rematted_computation" in parts:
         place = "recomputation"

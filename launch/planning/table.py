@@ -2,14 +2,12 @@
 
     python -m launch.planning.table launch/planning/table.md
 
-Writes a table in Markdown, after each plan; one that stands there already, of the same config, is not compiled again.
+Writes a table in Markdown, after each plan; one that stands there already, of the very same program (its digest is the
+last column), is not compiled again.
 """
 
 import ast
-import hashlib
-import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from clip_jax.files import write_atomically
 from launch import command
 from launch.planning import hardware
 from launch.planning.report import gib, seconds
-from launch.planning.step import Plan, compile_step
+from launch.planning.step import Plan, compile_step, lower_step
 from launch.tasks import build_task
 
 
@@ -44,6 +42,11 @@ class Row:
         overrides = "".join(f" `{word}`" for word in self.overrides.split())
         return f"{self.config.removeprefix('configs/')}{overrides}"
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """The first two cells of its line."""
+        return self.name, self.topology
+
 
 ROWS = (
     Row("configs/clip/vit_b32.py", "v5e:2x4"),
@@ -63,11 +66,7 @@ ROWS = (
 )
 COLUMNS = ("config", "topology", "batch", "mesh", "fits", "memory on each chip", "of", "TFLOP on each chip",
            "times the gradient's", "step by the roofline", "limited by", "MFU at best", "run at best", "compiled in",
-           "config's hash")  # fmt: skip
-# What of a config a step depends on, beside the sizes of its streams.
-OF_A_STEP = ("task", "batch_size", "micro_batches", "steps", "loss", "label_smoothing", "model", "frozen",
-             "frozen_dtype", "mesh", "sharding_rules", "optimizer", "dtype")  # fmt: skip
-OF_A_STREAM = ("images", "frames", "tokens", "batch_size", "weight")
+           f"program, by jax {jax.__version__}")  # fmt: skip
 
 
 def _value(text: str) -> Any:
@@ -77,29 +76,12 @@ def _value(text: str) -> Any:
         return text
 
 
-def config_hash(row: Row) -> str:
-    """Of all that a plan depends on. A field that is off, or empty, is as one that a config does not have."""
-
-    def on(tree: Any) -> Any:
-        if isinstance(tree, Mapping):
-            return {key: part for key, value in tree.items() if (part := on(value))}
-        return None if tree == "none" else tree
-
-    config = row.load().to_dict()
-    streams = config["data"]["mixture"].items()
-    chosen = {key: config[key] for key in OF_A_STEP if key in config} | {
-        "mixture": {name: {key: part[key] for key in OF_A_STREAM if key in part} for name, part in streams}
-    }
-    text = json.dumps([on(chosen), row.topology], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def read(path: Path) -> dict[tuple[str, str, str], str]:
-    """The rows of a table: (config, topology, hash) → line."""
+def read(path: Path) -> dict[tuple[str, str], list[str]]:
+    """The rows of a table: (config, topology) → cells, the last of which is the program's digest."""
     found = {}
     for line in path.read_text().splitlines()[2:] if path.exists() else ():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        found[cells[0], cells[1], cells[-1]] = line
+        cells = line.removeprefix("| ").removesuffix(" |").split(" | ")
+        found[cells[0], cells[1]] = cells
     return found
 
 
@@ -108,29 +90,25 @@ def write(path: Path) -> None:
     done = read(path)
     header = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for row in ROWS:
-        key = key_of(row)
-        if key not in done:
-            done[key] = line(row, compile_step(row.load(), hardware.parse(row.topology), build_task))
-            print(done[key], flush=True)
-            there = [done[other] for other in map(key_of, ROWS) if other in done]
-            write_atomically(path, "\n".join([*header, *there]) + "\n")
+        config, topology = row.load(), hardware.parse(row.topology)
+        if row.key not in done or done[row.key][-1] != lower_step(config, topology, build_task).digest():
+            done[row.key] = cells(row, compile_step(config, topology, build_task))
+            print(" | ".join(done[row.key]), flush=True)
+        there = [done[row.key] for row in ROWS if row.key in done]
+        write_atomically(path, "\n".join([*header, *(f"| {' | '.join(line)} |" for line in there)]) + "\n")
 
 
-def key_of(row: Row) -> tuple[str, str, str]:
-    """(config, topology, hash) as they stand in the table."""
-    return row.name, row.topology, config_hash(row)
-
-
-def line(row: Row, plan: Plan) -> str:
+def cells(row: Row, plan: Plan) -> list[str]:
+    """A line of the table."""
     mesh = "×".join(str(size) for size in plan.mesh.values())
     batch = " + ".join(f"{size:,} {name}" for name, size in plan.batch.items())
     memory = [gib(plan.memory.peak), gib(plan.topology.chip.hbm_bytes)]
     start = [row.name, row.topology, batch, mesh, "yes" if plan.fits else "no", *memory]
     costs = plan.costs
     if costs is None:
-        cells = [""] * 6
+        figures = [""] * 6
     else:
-        cells = [
+        figures = [
             f"{costs.flops / 1e12:,.1f}",
             f"{costs.flops / plan.model_flops:.3f}",
             seconds(costs.step_seconds),
@@ -138,7 +116,7 @@ def line(row: Row, plan: Plan) -> str:
             f"{plan.mfu:.1%}",
             f"{plan.steps * costs.step_seconds / 86400:,.1f} d, ${plan.chip_hours * plan.topology.chip.price:,.0f}",
         ]
-    return "| " + " | ".join([*start, *cells, f"{plan.compile_seconds:.0f} s", config_hash(row)]) + " |"
+    return [*start, *figures, f"{plan.compile_seconds:.0f} s", plan.program]
 
 
 if __name__ == "__main__":
