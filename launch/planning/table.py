@@ -2,12 +2,15 @@
 
     python -m launch.planning.table launch/planning/table.md
 
-Writes a table in Markdown, after each plan; one that stands there already, of the very same program (its digest is the
-last column), is not compiled again.
+Writes a table in Markdown, after each plan; one that stands there already, of the same config and of the very same
+program (a digest of each is in the last columns), is not compiled again.
 """
 
 import ast
+import hashlib
+import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,12 @@ from launch.planning import hardware
 from launch.planning.report import gib, seconds
 from launch.planning.step import Plan, compile_step, lower_step
 from launch.tasks import build_task
+
+
+# What of a config a step depends on, beside the sizes of its streams.
+OF_A_STEP = ("task", "batch_size", "micro_batches", "steps", "loss", "label_smoothing", "model", "frozen",
+             "frozen_dtype", "adapters", "mesh", "sharding_rules", "optimizer", "guard", "dtype")  # fmt: skip
+OF_A_STREAM = ("images", "frames", "tokens", "batch_size", "weight")
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,22 @@ class Row:
         """The first two cells of its line."""
         return self.name, self.topology
 
+    def digest(self) -> str:
+        """Of all of the config that a plan depends on. A field that is off, or empty, is as one that is not there."""
+
+        def on(tree: Any) -> Any:
+            if isinstance(tree, Mapping):
+                return {key: part for key, value in tree.items() if (part := on(value))}
+            return None if tree == "none" else tree
+
+        config = self.load().to_dict()
+        streams = config["data"]["mixture"].items()
+        chosen = {key: config[key] for key in OF_A_STEP if key in config} | {
+            "mixture": {name: {key: part[key] for key in OF_A_STREAM if key in part} for name, part in streams}
+        }
+        text = json.dumps([on(chosen), self.topology], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
 
 ROWS = (
     Row("configs/clip/vit_b32.py", "v5e:2x4"),
@@ -58,15 +83,26 @@ ROWS = (
         "model.vision.remat=none model.text.remat=none batch_size=2048",
     ),
     Row("configs/clip/nfnet_f6_bert.py", "v5p:8x8x8"),
+    Row("configs/clip/vit_b16.py", "v5e:8x8"),
+    Row("configs/clip/vit_l14.py", "v5e:16x16"),
+    Row("configs/clip/rn50.py", "v5e:16x16"),
+    Row("configs/clip/siglip_b16.py", "v5e:8x8"),
+    Row("configs/clip/lit.py:ViT-B/16", "v5e:4x4"),
+    Row("configs/clip/finetune.py", "v5e:1x1"),
     Row("configs/flamingo/flamingo_3b.py:pages", "v5e:8x8"),
     Row("configs/flamingo/flamingo_9b.py:pages", "v5e:8x8"),
     Row("configs/flamingo/flamingo_9b.py:pages", "v5e:16x16", "data.mixture.pages.batch_size=2048"),
     Row("configs/flamingo/flamingo_80b.py:pages", "v5p:8x8x8"),
     Row("configs/flamingo/flamingo_80b.py:pages", "v5e:16x16", "data.mixture.pages.batch_size=512 mesh.tensor=8"),
+    Row("configs/flamingo/open_flamingo_3b.py", "v5e:8x8"),
+    Row("configs/flamingo/open_flamingo_9b.py", "v5e:16x16"),
+    Row("configs/flamingo/idefics_9b.py", "v5e:16x16"),
+    Row("configs/flamingo/smollm2.py", "v5e:1x1"),
+    Row("configs/flamingo/instruct.py", "v5e:1x1"),
 )
 COLUMNS = ("config", "topology", "batch", "mesh", "fits", "memory on each chip", "of", "TFLOP on each chip",
            "times the gradient's", "step by the roofline", "limited by", "MFU at best", "run at best", "compiled in",
-           f"program, by jax {jax.__version__}")  # fmt: skip
+           f"program, by jax {jax.__version__}", "config's digest")  # fmt: skip
 
 
 def _value(text: str) -> Any:
@@ -77,7 +113,7 @@ def _value(text: str) -> Any:
 
 
 def read(path: Path) -> dict[tuple[str, str], list[str]]:
-    """The rows of a table: (config, topology) → cells, the last of which is the program's digest."""
+    """The rows of a table: (config, topology) → cells, of which the last two are the program's digest and the config's."""
     found = {}
     for line in path.read_text().splitlines()[2:] if path.exists() else ():
         cells = line.removeprefix("| ").removesuffix(" |").split(" | ")
@@ -91,11 +127,12 @@ def write(path: Path) -> None:
     header = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for row in ROWS:
         config, topology = row.load(), hardware.parse(row.topology)
-        if row.key not in done or done[row.key][-1] != lower_step(config, topology, build_task).digest():
+        there = done.get(row.key, ["", ""])
+        if there[-1] != row.digest() or there[-2] != lower_step(config, topology, build_task).digest():
             done[row.key] = cells(row, compile_step(config, topology, build_task))
             print(" | ".join(done[row.key]), flush=True)
-        there = [done[row.key] for row in ROWS if row.key in done]
-        write_atomically(path, "\n".join([*header, *(f"| {' | '.join(line)} |" for line in there)]) + "\n")
+        lines = [f"| {' | '.join(done[row.key])} |" for row in ROWS if row.key in done]
+        write_atomically(path, "\n".join([*header, *lines]) + "\n")
 
 
 def cells(row: Row, plan: Plan) -> list[str]:
@@ -116,7 +153,7 @@ def cells(row: Row, plan: Plan) -> list[str]:
             f"{plan.mfu:.1%}",
             f"{plan.steps * costs.step_seconds / 86400:,.1f} d, ${plan.chip_hours * plan.topology.chip.price:,.0f}",
         ]
-    return [*start, *figures, f"{plan.compile_seconds:.0f} s", plan.program]
+    return [*start, *figures, f"{plan.compile_seconds:.0f} s", plan.program, row.digest()]
 
 
 if __name__ == "__main__":
