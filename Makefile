@@ -56,7 +56,7 @@ $(VENV)/.installed-dev: requirements-dev.lock | $(VENV)/bin/python
 # what is not there yet.
 $(PEERS_VENV)/.installed: pyproject.toml | $(PEERS_VENV)/bin/python
 	$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[peers]"
+	$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[peers,tpu]"
 	touch $@
 
 # What the configs for pods take, then ViT-L/14@336 from 8 to 4,096 chips at 64 examples on each. What stands in a table

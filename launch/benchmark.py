@@ -1,9 +1,9 @@
 """Speed and memory beside the libraries that users come from, on this machine: `python -m launch.benchmark`.
 
 Each row runs both sides on the same weights and inputs, in turns A B A B, in processes of their own, and refuses to
-compare them where their outputs differ. The libraries come with the extra `peers` (`pip install -e ".[peers]"`), but
-for open_flamingo (`pip install --no-deps open_flamingo einops einops_exts`); a row whose library is absent is named
-and left out.
+compare them where their outputs differ. The libraries come with the extras `peers` and `tpu` (`pip install -e
+".[peers,tpu]"`), but for open_flamingo (`pip install --no-deps open_flamingo einops einops_exts`); a row whose library
+is absent is named and left out.
 """
 
 import argparse

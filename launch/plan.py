@@ -27,7 +27,7 @@ TOPOLOGY = flags.DEFINE_string("topology", None, f"TPUs to plan for: {hardware.E
 SLICES = flags.DEFINE_integer("slices", 1, "How many slices of that topology.")
 SEARCH = flags.DEFINE_boolean("search", False, "Try meshes, rematerialisation and micro-batches; rank what fits.")
 PRICE = flags.DEFINE_float("price", None, "Dollars for a chip and hour, instead of the list price.")
-JSON = flags.DEFINE_string("json", None, "File to write the same figures to.")
+JSON = flags.DEFINE_string("json", None, "File to write the same figures to.", allow_override=True)
 
 
 def main(config: ml_collections.ConfigDict) -> None:

@@ -17,8 +17,10 @@ from configs.clip import nfnet_f6_bert, vit_b32
 from configs.flamingo.common import language_model_config
 from flamingo_jax.training.language_model_task import LanguageModelTask
 from launch.command import load_config
+from launch.planning.table import COLUMNS, ROWS, Row, read
 from launch.tasks import build_task
 
+TABLE = ROOT / "launch" / "planning" / "table.md"
 FILES = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "configs").glob("*/*.py")
@@ -89,3 +91,18 @@ def test_a_shrunk_recipe_is_the_same_model(file: str) -> None:
         if part in whole.model:
             a, b = ({key: side.model[part].get(key) for key in kinds} for side in (whole, small))
             assert a == b or (part == "vision" and a["kind"] == b["kind"])
+
+
+def test_every_recipe_has_a_row_in_the_table_of_plans() -> None:
+    minutes = ("quickstart", "emoji", "ablations", "bag_of_words", "captioning")  # on a CPU, or another's sizes
+    assert {row.config.split(":")[0] for row in ROWS} == {
+        file for file in FILES if not any(word in file for word in minutes)
+    }
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.overrides], ids=lambda row: " ".join(row.key))
+def test_a_recipe_says_what_the_table_says(row: Row) -> None:
+    """Where its first lines name a topology, the days and dollars are those of the table."""
+    text = " ".join((ROOT / row.config.split(":")[0]).read_text().split('"""')[1].split())
+    cells = dict(zip(COLUMNS, read(TABLE)[row.key], strict=True))
+    assert f"On {row.topology}" in text and cells["run at best"] in text

@@ -107,4 +107,4 @@ def measured(name: str, batch: int, found: dict[str, list[Measured]], needs: Nee
         ours, theirs = ([getattr(run.result, part) for run in found[side][1:]] for side in (OURS, peer))
         yield Row(f"{name}: {part}", peer, ours, theirs, goal, limit=limit, limit_name=limit_name)
     most = {side: max(run.peak_mib for run in found[side][1:]) for side in (OURS, peer)}
-    yield Row(f"{name}: memory", peer, [most[OURS]], [most[peer]], 1.0, unit="MiB")
+    yield Row(f"{name}: memory", peer, [most[OURS]], [most[peer]], None, unit="MiB")

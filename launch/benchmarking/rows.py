@@ -40,7 +40,7 @@ class Row:
     peer: str
     ours: Sequence[float]
     theirs: Sequence[float]
-    goal: float  # of the ratio, theirs / ours, which is to be at least so much
+    goal: float | None  # of the ratio, theirs / ours, which is to be at least so much; or there is none
     unit: str = "s"
     limit: float | None = None  # what no program goes below on this machine
     limit_name: str = ""
@@ -59,7 +59,7 @@ class Row:
 
     @property
     def met(self) -> bool:
-        return self.ratio >= self.goal
+        return self.goal is None or self.ratio >= self.goal
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def to_markdown(results: Sequence[Result], about: Mapping[str, Any]) -> str:
             ours, theirs = (figure(statistics.median(side), row.unit) for side in (row.ours, row.theirs))
             spread = f"{row.ratio:.2f}× ({min(row.ratios):.2f} to {max(row.ratios):.2f})"
             limit = "" if row.limit is None else f"{figure(row.limit, row.unit)}: {row.limit_name}"
-            met = "met" if row.met else "missed"
-            cells = [row.name, row.peer, ours, theirs, spread, limit, f"≥ {row.goal:.2g}×", met]
+            goal = ["", ""] if row.goal is None else [f"≥ {row.goal:.2g}×", "met" if row.met else "missed"]
+            cells = [row.name, row.peer, ours, theirs, spread, limit, *goal]
             lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     lines += [f"- {row.name}: not run: {row.why}" for row in results if isinstance(row, Skipped)]
@@ -138,7 +138,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
     low, high = ([abs(end(row.ratios) - row.ratio) for row in rows] for end in (min, max))
     colours = ["#2a7" if row.met else "#c63" for row in rows]
     axes.barh(range(len(rows)), [row.ratio for row in rows], xerr=[low, high], color=colours, capsize=3)
-    axes.plot([row.goal for row in rows], range(len(rows)), "k|", markersize=16, label="goal")
+    goals = [(row.goal, y) for y, row in enumerate(rows) if row.goal is not None]
+    axes.plot(*zip(*goals, strict=True), "k|", markersize=16, label="goal")
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{row.name}\nbeside {row.peer}" for row in rows], fontsize=7)
     axes.set_xlabel("peer's time or memory / ours")

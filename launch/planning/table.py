@@ -25,7 +25,6 @@ from launch.planning.report import gib, seconds
 from launch.planning.step import Plan, compile_step, lower_step
 from launch.tasks import build_task
 
-
 # What of a config a step depends on, beside the sizes of its streams.
 OF_A_STEP = ("task", "batch_size", "micro_batches", "steps", "loss", "label_smoothing", "model", "frozen",
              "frozen_dtype", "adapters", "mesh", "sharding_rules", "optimizer", "guard", "dtype")  # fmt: skip
@@ -113,7 +112,7 @@ def _value(text: str) -> Any:
 
 
 def read(path: Path) -> dict[tuple[str, str], list[str]]:
-    """The rows of a table: (config, topology) → cells, of which the last two are the program's digest and the config's."""
+    """The rows of a table: (config, topology) → cells; the last two are the program's digest and the config's."""
     found = {}
     for line in path.read_text().splitlines()[2:] if path.exists() else ():
         cells = line.removeprefix("| ").removesuffix(" |").split(" | ")

@@ -123,9 +123,11 @@ def test_nobody_waits_for_a_process_that_hangs(tmp_path: Path, hung: int) -> Non
     both = start_several(2, tmp_path / "log", devices=1, main=hang_together, arguments=[str(tmp_path / "run")])
     both[0].wait_for("the fifth step")
     both[hung].send(signal.SIGSTOP)
-    assert both[1 - hung].wait(seconds=60) == 1
-    text = both[1 - hung].text()
-    assert "Timeout (0:00:06)!" in text and text.count("Thread 0x") > 2 and "loop.py" in text
+    # In a step the watchdog ends it, with all stacks; between two, where more time is given, JAX does, after a minute.
+    code, text = both[1 - hung].wait(seconds=150), both[1 - hung].text()
+    assert code in (1, -signal.SIGABRT)
+    if code == 1:
+        assert "Timeout (0:00:06)!" in text and text.count("Thread 0x") > 2 and "loop.py" in text
     both[hung].send(signal.SIGCONT)  # it finds itself late, or alone
     assert both[hung].wait(seconds=60) not in (0, None)
     assert steps(tmp_path / "run")  # what was saved stays
