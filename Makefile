@@ -24,7 +24,8 @@ test-slow: $(VENV)/.installed-dev
 
 # Against PyTorch's CLIP and SigLIP, in an environment of their own.
 test-peers: $(PEERS_VENV)/.installed
-	$(PEERS_VENV)/bin/python -m pytest tests/peers tests/test_preprocess.py $(PYTEST_ARGS)
+	$(PEERS_VENV)/bin/python -m pytest tests/peers $(PYTEST_ARGS)
+	$(PEERS_VENV)/bin/python -m pytest tests/test_preprocess.py $(PYTEST_ARGS)  # pixels with the oracle's Pillow
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
