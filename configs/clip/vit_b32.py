@@ -6,7 +6,7 @@
 
 The smallest ViT of arXiv 2103.00020. As it is, it fits on 8 v5e chips: each embeds its 4,096 pairs in 32 parts, which
 costs a third more operations; on more chips take fewer parts. `configs/clip/vit_b32.py:debug` takes seconds on a CPU,
-on the embedded emoji.
+on the embedded emoji. On v5e:2x4: 17.4 d, $4,012 by the plan, at best.
 """
 
 import ml_collections

@@ -8,7 +8,7 @@
         --config.data.mixture.clips.source=json:clips.jsonl#videos
 
 What it takes, the first command says: of pages alone, on which pairs and clips come on top.
-`configs/flamingo/flamingo_3b.py:debug` takes seconds.
+`configs/flamingo/flamingo_3b.py:debug` takes seconds. On v5e:8x8: 2.1 d, $3,891 of pages alone by the plan, at best.
 """
 
 import ml_collections

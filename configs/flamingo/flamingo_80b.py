@@ -7,10 +7,9 @@
         --config.data.mixture.pages.source=json:pages.jsonl#images --config.data.mixture.pairs.source=tfds:path#train \\
         --config.data.mixture.clips.source=json:clips.jsonl#videos
 
-Cost by the plan, of pages alone, at best: 2,048 a step on 512 v5p chips take 13.9 GiB on each and 1.36 s, for 500,000
-steps 8 days and $406,000. 512 a step on 256 v5e chips (`--topology v5e:16x16 --config.mesh.tensor=8
---config.data.mixture.pages.batch_size=512`) take 11.4 of 15.75 GiB and 2.0 s, 12 days and $87,000. Pairs and clips come
-on top. `configs/flamingo/flamingo_80b.py:debug` takes seconds.
+On v5p:8x8x8: 7.9 d, $405,686 of pages alone by the plan, at best; 2,048 of them a step take 13.9 GiB of each chip. 512
+a step (`--topology v5e:16x16 --config.mesh.tensor=8 --config.data.mixture.pages.batch_size=512`) take 11.4 of a v5e
+chip's 15.75 GiB. Pairs and clips come on top. `configs/flamingo/flamingo_80b.py:debug` takes seconds.
 """
 
 import ml_collections
