@@ -12,7 +12,7 @@ and `--config.init.vision=runs/f6 --config.init.text=runs/bert`, with the tower'
 `--config.data.mean="(0.485,0.456,0.406)" --config.data.std="(0.229,0.224,0.225)"`.
 
 Cost: a pod (549 million parameters, 16,384 pairs a step). `configs/clip/nfnet_f6_bert.py:debug` takes seconds. On
-v5p:8x8x8: 0.4 d, $20,845 by the plan, at best.
+v5p:8x8x8: 0.4 d, $20,845 by the plan, at best. On v5p:8x8x8: 0.4 d, $20,845 by the plan, at best.
 """
 
 import ml_collections

@@ -4,8 +4,8 @@
     python -m launch.train --config configs/clip/rn50.py --workdir runs/rn50 \\
         --config.data.train="tar:cc12m/{00000..01242}.tar"
 
-Its BatchNorm statistics are those of the whole batch, so it is not cut into parts: take chips enough.
-COST `configs/clip/rn50.py:debug` takes seconds on a CPU, on the embedded emoji.
+Its BatchNorm statistics are those of the whole batch, so it is not cut into parts: take chips enough. On v5e:16x16: 0.6
+d, $4,506 by the plan, at best. `configs/clip/rn50.py:debug` takes seconds on a CPU, on the embedded emoji.
 """
 
 import ml_collections

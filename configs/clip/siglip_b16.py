@@ -5,8 +5,8 @@
         --config.data.tokenizer=path/to/spiece.model --config.data.train="tar:laion400m/{00000..41407}.tar"
 
 Its tokenizer, of 32,000 pieces, is the file `spiece.model` of the released weights (extra `siglip`). 9 billion pairs,
-AdamW in the place of the paper's Adafactor. On v5e:8x8: 3.1 d, $5,655 by the plan, at best.
-`configs/clip/siglip_b16.py:debug` takes seconds on a CPU, on the embedded emoji.
+AdamW in the place of the paper's Adafactor. `configs/clip/siglip_b16.py:debug` takes seconds on a CPU, on the embedded
+emoji. On v5e:8x8: 3.1 d, $5,655 by the plan, at best.
 """
 
 import ml_collections

@@ -7,7 +7,7 @@
 Needs the quickstart's CLIP and Flamingo in runs/quickstart, and the extra `import` for the first command. The resampler
 starts from the quickstart's: without it, losses with right and other images were the same after 240 steps. Cost: about
 35 minutes on 2 CPU cores. `configs/flamingo/smollm2.py:debug` takes seconds, with the debug models. On v5e:1x1: 0.0 d,
-$0 by the plan, at best.
+$0 by the plan, at best. On v5e:1x1: 0.0 d, $0 by the plan, at best.
 """
 
 import ml_collections
