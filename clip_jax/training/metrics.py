@@ -123,7 +123,7 @@ class Log:
     def __init__(self, writer: MetricsWriter | None, steps: int, start: int, predicted: Mapping[str, float]):
         self._writer, self._predicted = writer, predicted
         self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True,
-                         disable=writer is None, file=_Patient(sys.stderr))  # fmt: skip
+                         disable=None if writer else True, file=_Patient(sys.stderr))  # fmt: skip
 
     def evaluated(self, step: int) -> bool:
         """Whether a row of an evaluation at this step stands already; every process must ask."""

@@ -19,7 +19,7 @@ from launch.benchmarking.peers import import_peers
 from launch.benchmarking.rows import OURS, Result, Row, Settings, Skipped, interleave, seconds
 from launch.benchmarking.turns import program
 
-OPTIMIZER = dict(lr=1e-6, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)  # of both sides
+OPTIMIZER = dict(lr=1e-8, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)  # of both sides
 NEEDED = ("torch", "open_clip")
 
 
