@@ -63,8 +63,8 @@ TASKS = flags.DEFINE_list("tasks", [], f"Of {', '.join(benchmark.TASKS)}; by def
 TEMPLATES = flags.DEFINE_string("templates", "a photo of a {}.", "openai80, openai7, a text with {} or a file of such.")
 CLASSES = flags.DEFINE_string("classes", None, "Names for the classes: `imagenet`, or a file of one a line.")
 OUTPUT = flags.DEFINE_string("output", None, "Directory for the results of --data.")
-# (launch.plan has a flag of this name, too, and a test imports both.)
-JSON = flags.DEFINE_boolean("json", False, "Print every figure as JSON instead of a table.", allow_override=True)
+# launch.plan's flag is the same: where both are imported, absl keeps one of them.
+JSON = flags.DEFINE_string("json", None, "File to write the same figures to.", allow_override=True)
 PREPROCESS = flags.DEFINE_enum("preprocess", None, ["clip", "siglip"], "Where no file beside the weights says it.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where none is beside the weights and it is not OpenAI's.")
 BATCH_SIZE = flags.DEFINE_integer("batch-size", 256, "Images embedded at once.", lower_bound=1)
@@ -201,7 +201,9 @@ def evaluate_run(workdir: Path) -> None:
 
 
 def show(results: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> None:
-    print(json.dumps(results, indent=1, ensure_ascii=False) if JSON.value else table(results))
+    print(table(results))
+    if JSON.value:
+        write_atomically(Path(JSON.value), json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 def restore(task: Any, path: Path) -> tuple[Any, Any]:

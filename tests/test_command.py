@@ -1,5 +1,6 @@
 """The command line: configs, overrides, and one clear line for what is wrong."""
 
+import re
 import subprocess
 import sys
 
@@ -84,3 +85,14 @@ def test_help_says_what_can_be_trained_and_exits_with_0() -> None:
     listed = [line.split()[0] for line in done.stdout.partition("configs:")[2].strip().splitlines()]
     there = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*/*.py")}
     assert set(listed) == {path for path in there if not path.endswith(("__init__.py", "common.py"))}
+
+
+def test_a_flag_that_two_commands_define_is_the_same_flag() -> None:
+    """Where one process imports both, absl keeps a single definition of the name (the tests are such a process)."""
+    definition = re.compile(r'flags\.(DEFINE_\w+)\(\s*"([\w-]+)",\s*([^,]+),')
+    found: dict[str, set[tuple[str, str]]] = {}
+    for file in (ROOT / "launch").rglob("*.py"):
+        for kind, name, default in definition.findall(file.read_text()):
+            found.setdefault(name, set()).add((kind, default))
+    assert {"json", "workdir", "debug"} <= found.keys()
+    assert all(len(kinds) == 1 for kinds in found.values()), found

@@ -210,8 +210,11 @@ def test_the_command(data: Path, workdir: Path, tmp_path: Path, capsys: pytest.C
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["evaluate"])
-    call()
+    call(json=str(tmp_path / "figures.json"))
     table = capsys.readouterr().out
+    assert json.loads((tmp_path / "figures.json").read_text()) == json.loads(
+        (tmp_path / "out" / "results.json").read_text()
+    )
     assert table == (tmp_path / "out" / "results.md").read_text() and table.splitlines()[2].startswith("| 2 | true |")
     for changes, line in (
         ({"flamingo": "x"}, "give one of --flamingo and --workdir"),
