@@ -64,7 +64,7 @@ $(PEERS_VENV)/.installed: pyproject.toml | $(PEERS_VENV)/bin/python
 # is not compiled again.
 plan-table: $(VENV)/.installed-dev
 	$(RUN) -m launch.planning.table launch/planning/table.md
-	$(RUN) -m launch.planning.growth --config configs/clip/vit_l14_336.py --table launch/planning/growth.md
+	$(RUN) -m launch.planning.growth launch/planning/growth.json
 
 clean:
 	rm -rf runs .cache $(VENV) $(PEERS_VENV)

@@ -260,6 +260,22 @@ def abstract(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     )
 
 
+def warn_of_whole(shapes: Any, mesh: Mesh) -> None:
+    """Logs where much of the parameters, shapes with their shardings, stays whole on a mesh that was to part them."""
+    sizes = {path: math.prod(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    whole = {
+        path: sizes[path] for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+        if leaf.sharding.is_fully_replicated
+    }  # fmt: skip
+    if mesh.shape["fsdp"] > 1 and sum(whole.values()) > 0.1 * sum(sizes.values()):
+        largest = max(whole, key=lambda path: whole[path])
+        logging.warning(
+            "%.0f%% of the parameters are whole on every device: mesh.fsdp=%d does not divide them (%s, say); a "
+            "smaller fsdp with replica=-1 does", 100 * sum(whole.values()) / sum(sizes.values()), mesh.shape["fsdp"],
+            jax.tree_util.keystr(largest),
+        )  # fmt: skip
+
+
 def put_tree(tree: Any, shardings: Any = None) -> Any:
     """Host arrays that every process has alike → arrays on the devices; by default on the first one."""
     if shardings is None:

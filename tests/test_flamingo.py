@@ -1,6 +1,7 @@
 """Flamingo's model: what must hold at the start and always, on 1 and on 8 devices."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -26,9 +27,11 @@ def mesh(request: pytest.FixtureRequest) -> Mesh:
     return sharding.make_mesh(shape, jax.devices()[: request.param])
 
 
-def build(dtype: str = "float32", **overrides: Any) -> Flamingo:
+@cache
+def build(dtype: str = "float32", frames: int = 0, **overrides: Any) -> Flamingo:
     config = get_variant("debug")
     config.dtype = dtype
+    config.resampler.frames = frames or config.resampler.frames
     config.update(overrides)
     return build_flamingo(config)
 
@@ -46,9 +49,14 @@ def make_batch(seed: int = 0) -> Batch:
     }
 
 
+@cache
+def first(model: Flamingo) -> Any:
+    return sharding.unbox(jax.jit(model.init)(jax.random.key(0), make_batch()))
+
+
+@cache
 def variables_of(model: Flamingo, gates: float) -> Any:
     """Parameters off their initial values; the gates at `gates`."""
-    variables = sharding.unbox(jax.jit(model.init)(jax.random.key(0), make_batch()))
     rng = np.random.default_rng(1)
 
     def value(path: Any, x: jax.Array) -> jax.Array:
@@ -57,15 +65,21 @@ def variables_of(model: Flamingo, gates: float) -> Any:
             return jnp.full_like(x, gates)
         return x + 0.05 * rng.normal(size=x.shape).astype(x.dtype) if "['params']" in name else x
 
-    return jax.tree_util.tree_map_with_path(value, variables)
+    return jax.tree_util.tree_map_with_path(value, first(model))
+
+
+@cache
+def on(model: Flamingo, mesh: Mesh) -> tuple[Any, Callable[..., jax.Array]]:
+    """(where the model's parameters go, its compiled self)."""
+    boxed = jax.eval_shape(model.init, jax.random.key(0), make_batch())
+    return sharding.tree_shardings(boxed, mesh), jax.jit(model.apply)
 
 
 def run(model: Flamingo, variables: Any, batch: Mapping[str, Any], mesh: Mesh) -> np.ndarray:
     with sharding.use_mesh(mesh), jax.default_matmul_precision("highest"):
-        boxed = jax.eval_shape(model.init, jax.random.key(0), make_batch())
-        placed = jax.device_put(variables, sharding.tree_shardings(boxed, mesh))
+        where, apply = on(model, mesh)
         inputs = jax.device_put(dict(batch), sharding.batch_sharding(mesh))
-        return np.asarray(jax.jit(model.apply)(placed, inputs))
+        return np.asarray(apply(jax.device_put(variables, where), inputs))
 
 
 def assert_close(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -95,11 +109,9 @@ def test_every_parameter_is_named_and_every_name_has_a_rule(name: str) -> None:
 @pytest.mark.parametrize("interval", [1, 2, 3])
 def test_with_closed_gates_the_logits_are_the_frozen_models_own_bits(dtype: str, interval: int, mesh: Mesh) -> None:
     model, batch = build(dtype, interval=interval), make_batch()
-    variables = sharding.unbox(jax.jit(model.init)(jax.random.key(0), batch))  # gates start at zero
     lm = model.language_model
     with sharding.use_mesh(mesh):
-        boxed = jax.eval_shape(model.init, jax.random.key(0), batch)
-        placed = jax.device_put(variables, sharding.tree_shardings(boxed, mesh))
+        placed = jax.device_put(first(model), on(model, mesh)[0])  # gates start at zero
         inputs = jax.device_put(batch, sharding.batch_sharding(mesh))
         logits = jax.jit(model.apply)(placed, inputs)
         alone = jax.jit(lambda p, text: lm.apply({"params": p}, text))(
@@ -193,8 +205,7 @@ def test_thirty_frames_take_the_times_between_those_of_eight() -> None:
 
 def test_a_clip_of_thirty_frames_is_seen_with_eight_frames_interpolated_embeddings(mesh: Mesh) -> None:
     """As a model sees it that was trained with 30, at those embeddings (arXiv 2204.14198, appendix A.1.1)."""
-    resampler = get_variant("debug").resampler.to_dict()
-    eight, thirty = (build(resampler=resampler | {"frames": frames}) for frames in (8, 30))
+    eight, thirty = (build(frames=frames) for frames in (8, 30))
     variables = variables_of(eight, 0.5)
     batch = make_batch()
     clips = np.random.default_rng(3).normal(size=(B, 1, 30, S, S, 3)).astype(np.float32)
@@ -223,8 +234,7 @@ def test_generation_is_the_whole_models_choice_token_by_token(mesh: Mesh) -> Non
     variables = variables_of(model, 0.5)
     batch = left_padded(make_batch(), np.array([0, 1, 2, 3, 4, 5, 6, 7]))
     with sharding.use_mesh(mesh), jax.default_matmul_precision("highest"):
-        boxed = jax.eval_shape(model.init, jax.random.key(0), make_batch())
-        placed = jax.device_put(variables, sharding.tree_shardings(boxed, mesh))
+        placed = jax.device_put(variables, on(model, mesh)[0])
         inputs = jax.device_put(batch, sharding.batch_sharding(mesh))
         four = np.asarray(decoding.generate(model, placed, inputs, max_new_tokens=4).tokens)
         came: list[np.ndarray] = []  # in one loop, and one by one from the cache

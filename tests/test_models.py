@@ -1,6 +1,6 @@
 """The towers against open_clip's, their published sizes, and float64 gradients of the whole model."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -76,45 +76,52 @@ def assert_gradients_close(got: Any, exact: Any, tolerance: float = 1e-5) -> Non
             assert error <= cancels * tolerance * np.abs(e).max(), f"{name}: {error} of {np.abs(e).max()}"
 
 
-@pytest.mark.parametrize(
-    "name", ["debug-ViT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("debug-RN", "debug-NFNet"))]
-)
-def test_gradients_of_both_towers_are_the_float64_ones(name: str, data_mesh: Mesh) -> None:
+def off_the_start(name: str) -> tuple[Any, Any, dict[str, np.ndarray]]:
+    """A variant's config, weights off their initial values (where scales of zero cut off whole branches), a batch."""
     config = get_variant(name)
     config.vision.image_size = 64  # so that the ResNet ends in more than one place
     rng = np.random.default_rng(0)
     batch = {
-        "image": rng.normal(size=(16, 64, 64, 3)),
-        "text": rng.integers(1, 4094, size=(16, config.text.context_length)),
+        "image": rng.normal(size=(16, 64, 64, 3)).astype(np.float32),
+        "text": rng.integers(1, 4094, size=(16, config.text.context_length)).astype(np.int32),
     }
     batch["text"][:, -1] = 4095
-    model = build_two_tower(config)
-    variables = model.init(jax.random.key(0), {"image": np.float32(batch["image"]), "text": batch["text"]})
-    # Off the initial values, where scales of zero cut off whole branches.
+    variables = jax.jit(build_two_tower(config).init)(jax.random.key(0), batch)
     variables = jax.tree.map(
         lambda x: x + 0.1 * np.float32(rng.normal(size=x.shape)).clip(-3, 3), sharding.unbox(variables)
     )
-    rest = {key: value for key, value in variables.items() if key != "params"}
+    return config, variables, batch
 
-    def loss(params: Any, rest: Any, batch: Any, model: TwoTower, final: Any) -> jax.Array:
-        (image, text, extras), _ = model.apply({"params": params, **rest}, batch, train=True, mutable=list(rest))
-        return final(image, text, extras["logit_scale"])
 
-    # Every input is rounded to float32 first, so that both sides compute the same function.
+def loss_of(params: Any, rest: Any, batch: Any, model: TwoTower, final: Any) -> jax.Array:
+    (image, text, extras), _ = model.apply({"params": params, **rest}, batch, train=True, mutable=list(rest))
+    return final(image, text, extras["logit_scale"])
+
+
+@cache
+def exact_gradients(name: str) -> Any:
+    """In float64 on one device, of the inputs as float32 has them."""
+    config, variables, batch = off_the_start(name)
+    config.dtype = "float64"
     with jax.enable_x64(True):
-        config.dtype = "float64"
-        wide = jax.tree.map(lambda x: jnp.asarray(np.float64(x)), (variables["params"], rest))
-        wide_batch = {"image": np.float64(np.float32(batch["image"])), "text": batch["text"]}
-        exact = jax.jit(jax.grad(partial(loss, model=build_two_tower(config), final=dense_loss)))(*wide, wide_batch)
-        exact = jax.tree.map(np.asarray, exact)
+        wide = jax.tree.map(lambda x: jnp.asarray(np.float64(x)), variables)
+        inputs = {"image": np.float64(batch["image"]), "text": batch["text"]}
+        gradient = jax.jit(jax.grad(partial(loss_of, model=build_two_tower(config), final=dense_loss)))
+        return jax.tree.map(np.asarray, gradient(wide.pop("params"), wide, inputs))
 
+
+@pytest.mark.parametrize(
+    "name", ["debug-ViT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("debug-RN", "debug-NFNet"))]
+)
+def test_gradients_of_both_towers_are_the_float64_ones(name: str, data_mesh: Mesh) -> None:
+    config, variables, batch = off_the_start(name)
     final = partial(contrastive_loss, mesh=data_mesh, axis_names=sharding.BATCH_AXES)
     with sharding.use_mesh(data_mesh), jax.default_matmul_precision("highest"):
-        placed = jax.device_put({"image": np.float32(batch["image"]), "text": np.int32(batch["text"])},
-                                sharding.batch_sharding(data_mesh))  # fmt: skip
-        params = jax.device_put((variables["params"], rest), sharding.replicated(data_mesh))
-        got = jax.jit(jax.grad(partial(loss, model=model, final=final)))(*params, placed)
-    assert_gradients_close(got, exact)
+        placed = jax.device_put(batch, sharding.batch_sharding(data_mesh))
+        rest = jax.device_put(variables, sharding.replicated(data_mesh))
+        gradient = jax.jit(jax.grad(partial(loss_of, model=build_two_tower(config), final=final)))
+        got = gradient(rest.pop("params"), rest, placed)
+    assert_gradients_close(got, exact_gradients(name))
 
 
 def test_text_after_the_end_token_changes_nothing() -> None:

@@ -147,7 +147,7 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_of_growth_goes_on_where_it_stopped(
-    plan: step.Plan, config: ml_collections.ConfigDict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    plan: step.Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiled: list[int] = []
 
@@ -158,14 +158,21 @@ def test_the_table_of_growth_goes_on_where_it_stopped(
         return replace(plan, topology=topology)
 
     monkeypatch.setattr(growth, "compile_step", compile_step)
-    flags.FLAGS.mark_as_parsed()
-    path = tmp_path / "growth.md"
-    with flagsaver.flagsaver(table=str(path), per_chip=16):
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
-                growth.main(config.copy_and_resolve_references())
-    assert compiled == [8 * 16, 64 * 16]
-    assert [line.split(" | ")[0] for line in path.read_text().splitlines()[2:]] == ["| v5p:2x2x2", "| v5p:4x4x4"]
+    path = tmp_path / "growth.json"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            growth.write(path)
+    assert compiled == [8 * 64, 64 * 64]
+    head, *lines = path.with_suffix(".md").read_text().splitlines()
+    assert head == "| a step | v5p:2x2x2, 8 chips | v5p:4x4x4, 64 chips |"
+    sent = [line.split(" | ")[1:] for line in lines if line.startswith("| together | ") and "MB" in line]
+    assert plan.costs is not None
+    assert sent == [[f"{sum(t.bytes for t in plan.costs.traffic) / 1e6:,.0f} MB", sent[0][0] + " |"]]
+
+
+def test_the_table_of_growth_is_of_the_config_that_is_there() -> None:
+    done = json.loads(Path(growth.__file__).with_suffix(".json").read_text())
+    assert {row.topology: row.digest() for row in growth.ROWS} == {name: plan["digest"] for name, plan in done.items()}
 
 
 def test_every_row_of_the_table_of_plans_is_there_and_fits() -> None:

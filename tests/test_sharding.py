@@ -148,6 +148,19 @@ def test_an_axis_that_does_not_divide_is_dropped() -> None:
     assert sharding.tree_shardings({"kernel": box}, mesh)["kernel"].spec == P(None, None, None, "tensor")
 
 
+def test_a_mesh_that_parts_few_parameters_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    boxes = {
+        name: nn.LogicallyPartitioned(jax.ShapeDtypeStruct((width, 64), jnp.float32), ("embed", "head_size"))
+        for name, width in (("parted", 96), ("whole", 12))
+    }
+    for fsdp, expected in ((8, 1), (4, 0)):  # 12 is not a multiple of 8
+        caplog.clear()
+        mesh = sharding.make_mesh({"fsdp": fsdp, "replica": -1})
+        sharding.warn_of_whole(sharding.abstract(boxes, mesh), mesh)
+        assert len(caplog.records) == expected
+        assert all("11% of the parameters are whole" in r.message and "['whole']" in r.message for r in caplog.records)
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
 def test_rows_of_a_table_are_taken_on_any_mesh(shape: tuple[int, int, int]) -> None:
     V, D, B, L = 40, 16, 48, 5

@@ -111,6 +111,7 @@ def abstract_state(
     # The key is abstract, too: devices that are only described, as launch.plan's are, can't make one.
     boxed = jax.eval_shape(create, jax.eval_shape(lambda: jax.random.key(0)))
     shapes = sharding.abstract(boxed, mesh, rules)
+    sharding.warn_of_whole((shapes.trainable, shapes.frozen), mesh)
     return shapes, jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 

@@ -1,63 +1,86 @@
-"""How a step grows with the pod: from 8 chips to 4,096, with as many examples on each.
+"""How a step grows with the pod: ViT-L/14@336 from 8 chips to 4,096, with 64 pairs on each. Parameters are sharded over
+up to 64 chips, and replicated beyond.
 
-    python -m launch.planning.growth --config configs/clip/vit_l14_336.py --table launch/planning/growth.md
+    python -m launch.planning.growth launch/planning/growth.json
 
-Writes a table in Markdown, after each topology; one that stands there already is not compiled again.
+Writes all figures of each plan to that file, and tables of them in Markdown beside it, after each topology. A plan that
+is there already, of the same config, is not compiled again.
 """
 
-import re
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
-import ml_collections
-from absl import flags
 
-from clip_jax.errors import ConfigError
 from clip_jax.files import write_atomically
 from launch import command
 from launch.planning import hardware
-from launch.planning.report import gib, seconds
-from launch.planning.step import Plan, compile_step
+from launch.planning.report import KINDS, gib, seconds, to_json
+from launch.planning.step import compile_step
+from launch.planning.table import Row
 from launch.tasks import build_task
 
-TOPOLOGIES = ("v5p:2x2x2", "v5p:4x4x4", "v5p:8x8x8", "v5p:16x16x16")
-HEADER = """| topology | chips | batch | memory on each chip | TFLOP on each chip | sent by each chip | transfers | \
-step by the roofline | MFU at best | examples/s |
-|---|---|---|---|---|---|---|---|---|---|
-"""
+PER_CHIP = 64
+ROWS = tuple(
+    Row("configs/clip/vit_l14_336.py", f"v5p:{n}x{n}x{n}",
+        f"batch_size={PER_CHIP * n**3} mesh.fsdp={min(64, n**3)} mesh.replica=-1")
+    for n in (2, 4, 8, 16)
+)  # fmt: skip
+SHOWN = 1e7  # bytes that a chip sends for one purpose, on some topology
 
-PER_CHIP = flags.DEFINE_integer("per_chip", 64, "Examples on each chip.")
-TABLE = flags.DEFINE_string("table", None, "The Markdown file.")
-
-
-def main(config: ml_collections.ConfigDict) -> None:
-    if not TABLE.value:
-        raise ConfigError("--table is missing: name a Markdown file")
-    path = Path(TABLE.value)
-    rows = dict(re.findall(r"^(\| (\S+:\S+) .*\|)$", path.read_text(), re.M)) if path.exists() else {}
-    done = {name: row for row, name in rows.items()}
-    for name in TOPOLOGIES:
-        if name not in done:
-            topology = hardware.parse(name)
-            config.batch_size = PER_CHIP.value * topology.chips
-            done[name] = row(name, compile_step(config, topology, build_task))
-            print(done[name])
-        text = HEADER + "".join(done[n] + "\n" for n in TOPOLOGIES if n in done)
-        write_atomically(path, text)
+Plans = dict[str, dict[str, Any]]  # topology → `to_json` of its plan
 
 
-def row(name: str, plan: Plan) -> str:
-    start = [name, f"{plan.topology.chips:,}", f"{sum(plan.batch.values()):,}", gib(plan.memory.peak)]
-    costs = plan.costs
-    if costs is None:
-        return "| " + " | ".join([*start, "does not fit", *[""] * 5]) + " |"
-    sent = sum(traffic.bytes for traffic in costs.traffic)
-    cells = [f"{costs.flops / 1e12:,.1f}", f"{sent / 1e9:,.2f} GB", seconds(costs.interconnect_seconds),
-             seconds(costs.step_seconds), f"{plan.mfu:.1%}", f"{plan.examples_per_second:,.0f}"]  # fmt: skip
-    return "| " + " | ".join([*start, *cells]) + " |"
+def write(path: Path) -> None:
+    """Compiles what the file at `path` lacks."""
+    done: Plans = json.loads(path.read_text()) if path.exists() else {}
+    for row in ROWS:
+        if done.get(row.topology, {}).get("digest") != row.digest():
+            plan = compile_step(row.load(), hardware.parse(row.topology), build_task)
+            done[row.topology] = {"digest": row.digest(), **to_json(plan)}
+            print(f"{row.topology}: {gib(plan.memory.peak)}, {plan.compile_seconds:.0f} s of CPU time", flush=True)
+        there = {row.topology: done[row.topology] for row in ROWS if row.topology in done}
+        write_atomically(path, json.dumps(there, indent=1) + "\n")
+        write_atomically(path.with_suffix(".md"), to_markdown(list(there.values())))
+
+
+def to_markdown(plans: list[dict[str, Any]]) -> str:
+    """A column for each plan: the step, its memory by kind, what a chip sends by purpose."""
+    step = {
+        "batch": [f"{sum(plan['batch'].values()):,}" for plan in plans],
+        "TFLOP on each chip": [f"{plan['flops_per_chip'] / 1e12:,.1f}" for plan in plans],
+        "step by the roofline": [seconds(plan["step_seconds"]) for plan in plans],
+        "limited by": [plan["limited_by"] for plan in plans],
+        "transfers, hidden behind it": [seconds(plan["interconnect_seconds"]) for plan in plans],
+        "MFU at best": [f"{plan['mfu']:.1%}" for plan in plans],
+        "examples/s": [f"{plan['examples_per_second']:,.0f}" for plan in plans],
+    }
+    kinds = [kind for kind in KINDS if any(plan["memory_bytes"][kind] for plan in plans)]
+    memory = {KINDS[kind]: [gib(plan["memory_bytes"][kind]) for plan in plans] for kind in kinds}
+    memory["together"] = [gib(plan["peak_bytes"]) for plan in plans]
+    sent: dict[str, list[float]] = {}
+    for i, plan in enumerate(plans):
+        for part in plan["collectives"]:
+            purpose = f"{part['kind']}, {part['purpose']}"
+            sent.setdefault(purpose, [0.0] * len(plans))[i] += part["bytes"]
+    large = {purpose: amounts for purpose, amounts in sent.items() if max(amounts) >= SHOWN}
+    large["all others"] = [sum(column) for column in zip(*(sent[p] for p in sent.keys() - large.keys()), strict=True)]
+    large["together"] = [sum(column) for column in zip(*sent.values(), strict=True)]
+    traffic = {purpose: [f"{amount / 1e6:,.0f} MB" for amount in amounts] for purpose, amounts in large.items()}
+    chips = [f"{plan['topology']}, {plan['chips']:,} chips" for plan in plans]
+    parts = {"a step": step, "memory on each chip": memory, "sent by each chip": traffic}
+    return "\n".join(_table(title, chips, lines) for title, lines in parts.items())
+
+
+def _table(title: str, columns: list[str], lines: dict[str, list[str]]) -> str:
+    rows = [[title, *columns], ["---"] * (1 + len(columns)), *([name, *cells] for name, cells in lines.items())]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    command.run(main, with_config=True)
+    command.set_up()
+    write(Path(sys.argv[1]))

@@ -21,39 +21,43 @@ class Result:
     overrides: dict[str, Any]  # key of the config → value
     plan: Plan
 
-    @property
-    def flags(self) -> str:
-        return " ".join(f"--config.{key}={value}" for key, value in self.overrides.items())
-
     def to_json(self, price: float | None) -> dict[str, Any]:
         return {"overrides": self.overrides, **to_json(self.plan, price)}
 
 
 def search(config: ml_collections.ConfigDict, topology: Topology, build_task: BuildTask) -> list[Result]:
-    """All results, those that fit first, the fastest of them first.
-
-    Of every mesh and policy, micro-batches are doubled from 1 until the step fits: more would only be slower.
-    """
-    found = []
-    meshes, policies = list(mesh_shapes(config, topology)), list(remat_choices(config))
-    with tqdm(total=len(meshes) * len(policies), desc="search", unit="choice", dynamic_ncols=True) as bar:
-        for mesh in meshes:
-            for policy in policies:
-                for micro in micro_batch_choices(config):
-                    overrides = mesh | policy | micro
-                    changed = ml_collections.ConfigDict(config.to_dict())
-                    changed.update_from_flattened_dict(overrides)
-                    try:
-                        result = Result(overrides, compile_step(changed, topology, build_task))
-                    except ConfigError as error:  # a batch that does not divide, say
-                        tqdm.write(f"{Result(overrides, None).flags}: {error}")  # type: ignore[arg-type]
-                        break
-                    found.append(result)
-                    tqdm.write(line(result))
-                    if result.plan.fits:
-                        break
-                bar.update()
+    """All results, those that fit first, the fastest of them first; Ctrl-C ends it with those that there are."""
+    found: list[Result] = []
+    choices = [mesh | policy for mesh in mesh_shapes(config, topology) for policy in remat_choices(config)]
+    try:
+        for choice in tqdm(choices, desc="search", unit="choice", dynamic_ncols=True):
+            for result in until_it_fits(config, choice, topology, build_task):
+                found.append(result)
+                tqdm.write(line(result))
+    except KeyboardInterrupt:
+        tqdm.write("stopped")
     return sorted(found, key=order)
+
+
+def until_it_fits(
+    config: ml_collections.ConfigDict, choice: dict[str, Any], topology: Topology, build_task: BuildTask
+) -> Iterator[Result]:
+    """Micro-batches are doubled from 1 until the step fits: more would only be slower."""
+    for micro in micro_batch_choices(config):
+        changed = ml_collections.ConfigDict(config.to_dict())
+        changed.update_from_flattened_dict(choice | micro)
+        try:
+            result = Result(choice | micro, compile_step(changed, topology, build_task))
+        except ConfigError as error:  # a batch that does not divide, say
+            tqdm.write(f"{flags(choice | micro)}: {error}")
+            return
+        yield result
+        if result.plan.fits:
+            return
+
+
+def flags(overrides: dict[str, Any]) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in overrides.items())
 
 
 def order(result: Result) -> tuple[bool, float]:
@@ -94,9 +98,9 @@ def micro_batch_choices(config: ml_collections.ConfigDict) -> Iterator[dict[str,
 def line(result: Result) -> str:
     plan = result.plan
     if plan.costs is None:
-        return f"{gib(plan.memory.peak):>14}  {'does not fit':24}  {result.flags}"
+        return f"{gib(plan.memory.peak):>14}  {'does not fit':24}  {flags(result.overrides)}"
     return (f"{gib(plan.memory.peak):>14}  {seconds(plan.costs.step_seconds):>9}  MFU {plan.mfu:6.1%}  "
-            f"  {result.flags}")  # fmt: skip
+            f"  {flags(result.overrides)}")  # fmt: skip
 
 
 def to_text(results: list[Result]) -> str:
