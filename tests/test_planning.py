@@ -201,12 +201,24 @@ def test_what_is_sent_between_slices_goes_through_the_hosts() -> None:
         ("replica_groups=[2,2]<=[2,2]T(1,0), use_global_device_ids=true", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}", [[0, 1], [2, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        (
+            "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, use_global_device_ids=true",
+            [[0, 1], [2, 3]],
+        ),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a','b'}", [[0, 2, 1, 3]]),
         ("source_target_pairs={{0,1},{1,0}}, metadata={}", [[0, 1], [1, 0]]),
     ],
 )
 def test_groups_of_devices(groups: str, expected: list[list[int]]) -> None:
     instruction = Instruction("x", "all-reduce", (), (), "", f", channel_id=1, {groups}")
     assert device_groups(instruction, 4).tolist() == expected
+
+
+@pytest.mark.parametrize("rest", ["", ", device_ids=(0,2,1,3) {'a'}"])
+def test_groups_spelt_in_another_way_are_refused(rest: str) -> None:
+    instruction = Instruction("x", "all-reduce", (), (), "", f", replica_groups=mesh['a'=2,'b'=2]{rest}")
+    with pytest.raises(ValueError, match="expected a mesh, an order and the axes"):
+        device_groups(instruction, 4)
 
 
 # Its ResNet's attention pool asks for the features of all 50 tokens, of which it uses one.

@@ -275,22 +275,27 @@ def _array(dtype: str, shape: str, layout: str) -> Array:
 def device_groups(instruction: Instruction, devices: int) -> np.ndarray:
     """The groups of devices of a collective, [groups, devices of each]; a permutation's pairs, [pairs, 2].
 
-    Three spellings: lists, "[groups,size]<=[n]T(axes)" (reshaped and transposed 0 … n - 1), and a mesh with the
-    names of the axes that make up a group.
+    Three spellings: lists, "[groups,size]<=[n]T(axes)" (reshaped and transposed 0 … n - 1), and a mesh, in an order
+    of its own if need be, with the names of the axes that make up a group.
+
+    Raises ValueError for a mesh that is spelt otherwise.
     """
     if pairs := instruction.attribute("source_target_pairs"):
         return np.array(json.loads(pairs.translate(str.maketrans("{}", "[]"))))
     text = instruction.attribute("replica_groups")
     if text.startswith("mesh"):
         mesh, _, rest = text.removeprefix("mesh[").partition("]")
+        rest += instruction.attribute("device_ids")  # stands after a comma
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
-        order = re.search(r"device_ids=\(\[([\d,]*)\](?:T\(([\d,]*)\))?\)", rest)
+        order = re.match(r"\(\[([\d,]*)\](?:T\(([\d,]*)\))?\)", rest)
         ids = np.arange(math.prod(sizes.values()))
         if order:
             ids = ids.reshape([int(n) for n in order[1].split(",")])
             ids = ids.transpose([int(n) for n in order[2].split(",")]) if order[2] else ids
         names = list(sizes)
         wanted = [names.index(name) for name in re.findall(r"'(\w+)'", rest.rpartition("{")[2])]
+        if "{" not in rest or ("(" in rest and not order):
+            raise ValueError(f"replica_groups={text}{rest}: expected a mesh, an order and the axes of a group")
         others = [axis for axis in range(len(names)) if axis not in wanted]
         grid = ids.reshape(tuple(sizes.values())).transpose([*others, *wanted])
         return grid.reshape(-1, math.prod(grid.shape[len(others) :]))
