@@ -28,7 +28,13 @@ ROWS = tuple(
         f"batch_size={PER_CHIP * n**3} mesh.fsdp={min(64, n**3)} mesh.replica=-1")
     for n in (2, 4, 8, 16)
 )  # fmt: skip
-SHOWN = 1e7  # bytes that a chip sends for one purpose, on some topology
+VERBS = {  # of a collective's purpose → its line
+    "gathered": "parameters gathered",
+    "summed": "gradients summed",
+    "passed on": "either, in rings beside the products",
+    "exchanged": "either, exchanged among all",
+}
+LOSS = "embeddings, by the loss"
 
 Plans = dict[str, dict[str, Any]]  # topology → `to_json` of its plan
 
@@ -60,15 +66,14 @@ def to_markdown(plans: list[dict[str, Any]]) -> str:
     kinds = [kind for kind in KINDS if any(plan["memory_bytes"][kind] for plan in plans)]
     memory = {KINDS[kind]: [gib(plan["memory_bytes"][kind]) for plan in plans] for kind in kinds}
     memory["together"] = [gib(plan["peak_bytes"]) for plan in plans]
-    sent: dict[str, list[float]] = {}
+    sent = {line: [0.0] * len(plans) for line in (*VERBS.values(), LOSS)}
     for i, plan in enumerate(plans):
         for part in plan["collectives"]:
-            purpose = f"{part['kind']}, {part['purpose']}"
-            sent.setdefault(purpose, [0.0] * len(plans))[i] += part["bytes"]
-    large = {purpose: amounts for purpose, amounts in sent.items() if max(amounts) >= SHOWN}
-    large["all others"] = [sum(column) for column in zip(*(sent[p] for p in sent.keys() - large.keys()), strict=True)]
-    large["together"] = [sum(column) for column in zip(*sent.values(), strict=True)]
-    traffic = {purpose: [f"{amount / 1e6:,.0f} MB" for amount in amounts] for purpose, amounts in large.items()}
+            verb, _, where = part["purpose"].partition(" in ")
+            line = LOSS if where == "the loss" else VERBS[verb.partition(" for ")[0]]
+            sent[line][i] += part["bytes"]
+    sent["together"] = [sum(column) for column in zip(*sent.values(), strict=True)]
+    traffic = {line: [f"{amount / 1e6:,.0f} MB" for amount in amounts] for line, amounts in sent.items()}
     chips = [f"{plan['topology']}, {plan['chips']:,} chips" for plan in plans]
     parts = {"a step": step, "memory on each chip": memory, "sent by each chip": traffic}
     return "\n".join(_table(title, chips, lines) for title, lines in parts.items())
