@@ -3,10 +3,9 @@
     python -m launch.plan --config configs/clip/vit_b16.py --topology v5e:8x8
     python -m launch.train --config configs/clip/vit_b16.py --workdir runs/vit_b16 \\
         --config.data.train="tar:laion400m/{00000..41407}.tar"
- `configs/clip/vit_b16.py:debug` takes seconds on a CPU, on the embedded
-emoji.
 
-On v5e:8x8: 4.1 d, $7,534 by the plan, at best.
+On v5e:8x8: 4.1 d, $7,534 by the plan, at best. `configs/clip/vit_b16.py:debug` takes seconds on a CPU, on the embedded
+emoji.
 """
 
 import ml_collections

@@ -3,10 +3,9 @@
     python -m launch.plan --config configs/clip/vit_l14.py --topology v5e:16x16
     python -m launch.train --config configs/clip/vit_l14.py --workdir runs/vit_l14 \\
         --config.data.train="tar:laion400m/{00000..41407}.tar"
- `configs/clip/vit_l14.py:debug` takes seconds on a CPU, on the
-embedded emoji.
 
-On v5e:16x16: 3.9 d, $28,512 by the plan, at best.
+On v5e:16x16: 3.9 d, $28,512 by the plan, at best. `configs/clip/vit_l14.py:debug` takes seconds on a CPU, on the
+embedded emoji.
 """
 
 import ml_collections

@@ -8,9 +8,8 @@
         --config.data.tokenizer=runs/mpt-1b-redpajama-200b/checkpoints/00000000/tokenizer.json \\
         --config.data.mixture.pages.source="mmc4:mmc4/*.tar?min_similarity=0.24&min_bytes=10000" \\
         --config.data.mixture.pairs.source="tar:laion2b/{00000..231349}.tar"
- `configs/flamingo/open_flamingo_3b.py:debug` takes seconds.
 
-On v5e:8x8: 0.5 d, $892 by the plan, at best.
+On v5e:8x8: 0.5 d, $892 by the plan, at best. `configs/flamingo/open_flamingo_3b.py:debug` takes seconds.
 """
 
 import ml_collections

@@ -4,7 +4,6 @@ The index holds where each row begins: a table is not held in memory.
 """
 
 import csv
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from clip_jax.data.sources.records import (
     TEXT_COLUMNS,
     Pair,
     choose,
+    json_object,
     make_pair,
     printable,
     read_captions,
@@ -118,14 +118,7 @@ class TextTable:
             if len(fields) != len(index.names):
                 raise RecordError(f"{key}: {len(fields)} fields; expected {len(index.names)}", reason="ragged_row")
             return key, dict(zip(index.names, fields, strict=True))
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = "not_utf8" if isinstance(error, UnicodeError) else "bad_json"
-            raise RecordError(f"{key}: not JSON ({storage.first_line(error)})", reason=reason) from None
-        if not isinstance(record, dict):
-            raise RecordError(f"{key}: a {type(record).__name__}; expected an object", reason="wrong_type")
-        return key, record
+        return key, json_object(line, key)
 
     def _value(self, record: dict[str, Any], asked: str, known: Sequence[str], what: str, key: str) -> Any:
         """In a CSV a column that is not there ends the run; a JSON line may lack what others have."""

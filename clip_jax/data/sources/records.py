@@ -1,5 +1,6 @@
 """What every source of image–text pairs gives, and what may stand in a field of one."""
 
+import json
 import re
 import stat
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,18 @@ def choose(columns: Sequence[str], asked: str, known: Sequence[str], what: str, 
         there = ", ".join(map(printable, columns[:50])) or "none"
         raise DataError(f"{where}: columns {there}; expected {asked or 'one of ' + ', '.join(known)} for the {what}")
     return found[0]
+
+
+def json_object(data: bytes, key: str) -> dict[str, Any]:
+    """An object in JSON. Raises RecordError, naming the record, for anything else."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        reason = "not_utf8" if isinstance(error, UnicodeError) else "bad_json"
+        raise RecordError(f"{key}: not JSON ({storage.first_line(error)})", reason=reason) from None
+    if not isinstance(record, dict):
+        raise RecordError(f"{key}: JSON of a {type(record).__name__}; expected an object", reason="wrong_type")
+    return record
 
 
 def read_captions(value: Any, key: str, classes: Sequence[str] | None = None) -> tuple[str, ...]:

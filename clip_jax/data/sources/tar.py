@@ -4,7 +4,6 @@ The index of a tar holds, for each record, its members' places, sizes and suffix
 text is decided when it is read. Nothing is ever extracted.
 """
 
-import json
 import re
 import tarfile
 from collections import Counter
@@ -21,6 +20,7 @@ from clip_jax.data.sources.records import (
     MAX_TEXT,
     Pair,
     checked_image,
+    json_object,
     make_pair,
     printable,
     read_captions,
@@ -226,13 +226,7 @@ class TarFormat:
 
 def json_field(data: bytes, field: str, key: str) -> Any:
     """A field of a JSON object. Raises RecordError, which names those there are."""
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        reason = "not_utf8" if isinstance(error, UnicodeError) else "bad_json"
-        raise RecordError(f"{key}: not JSON ({storage.first_line(error)})", reason=reason) from None
-    if not isinstance(record, dict):
-        raise RecordError(f"{key}: JSON of a {type(record).__name__}; expected an object", reason="wrong_type")
+    record = json_object(data, key)
     if field not in record:
         raise RecordError(f"{key}: fields {_listed(record)}; expected {field}", reason="missing_caption")
     return record[field]
