@@ -4,6 +4,7 @@ and the job that queues itself again. Needs Debian's slurm-wlm and munge, and ro
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -123,6 +124,12 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
             daemon.wait(timeout=30)
 
 
+def done_with(slurm: dict[str, str]) -> set[str]:
+    """The steps of job 1 that the node has ended and forgotten."""
+    log = Path(slurm["SLURM_CONF"]).with_name("slurmd.log").read_text()
+    return set(re.findall(r"\[1\.(\w+)\] done with job", log))
+
+
 def test_a_job_is_stopped_before_its_time_and_goes_on(slurm: dict[str, str], tmp_path: Path) -> None:
     program, log = tmp_path / "program.py", tmp_path / "job.log"
     program.write_text(PROGRAM)
@@ -145,7 +152,10 @@ def test_a_job_is_stopped_before_its_time_and_goes_on(slurm: dict[str, str], tmp
     # What SLURM itself sends when the time is nearly over.
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], env=environ, check=True)
     wait_for("the queue", lambda: "JobState=PENDING" in shown())
-    time.sleep(8)  # the node refuses a job again until the last step of its first run is done with
+    wait_for("the node", lambda: done_with(slurm) == {"batch", "0"})
+    # It also refuses what was begun in the second, by the clock, in which it was told to end the first run.
+    after = int(time.time()) + 2
+    wait_for("the next second", lambda: time.time() >= after)
     hurry = ["scontrol", "update", f"JobId={job}", "StartTime=now"]  # it would begin in two minutes
     subprocess.run(hurry, env=environ, check=True)
     wait_for("the second run", lambda: all((tmp_path / f"{i}.json").exists() for i in (0, 1)), 300)
