@@ -45,7 +45,7 @@ class Case:
 
 
 @cache
-def case(name: str) -> Case:
+def case(name: str, dtype: str = "float32") -> Case:
     rng = np.random.default_rng(0)
     if name in PAIRS:
         config = get_variant({"ResNet": "debug-RN", "NFNet": "debug-NFNet"}.get(name, "debug-ViT"))
@@ -57,7 +57,7 @@ def case(name: str) -> Case:
             config.text.projection_bias, config.activation = True, like.activation
             config.init_logit_scale, config.init_logit_bias = like.init_logit_scale, like.init_logit_bias
         length = config.text.context_length = 13
-        config.text.vocab_size = VOCABULARY
+        config.text.vocab_size, config.dtype = VOCABULARY, dtype
         if "end_id" in config.text:
             config.text.end_id = VOCABULARY - 1
         model: Any = build_two_tower(config)
@@ -113,7 +113,18 @@ def run(name: str, mesh: Mesh) -> tuple[jax.Array, Any, Program]:
 
 @cache
 def on_one_device(name: str) -> tuple[Any, Any]:
-    return run(name, sharding.make_mesh({}, jax.devices()[:1]))[:2]
+    """(loss, gradients); of pairs in float64, as one device sums all places of all images, one after the other."""
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    if name not in PAIRS:
+        return run(name, mesh)[:2]
+    first = start(name)
+    with jax.enable_x64(True):
+        this = case(name, "float64")
+        rest = jax.tree.map(lambda x: np.asarray(x, np.float64), first)
+        batch = {key: np.asarray(x, np.float64 if key == "image" else x.dtype) for key, x in this.batch.items()}
+        trained = {key: rest["params"].pop(key) for key in this.trained}
+        loss, gradients = jax.jit(jax.value_and_grad(this.loss), static_argnums=3)(trained, rest, batch, mesh)
+        return np.asarray(loss), jax.tree.map(np.asarray, gradients)
 
 
 def gathered(program: Program) -> Iterator[tuple[str, list[tuple[int, ...]], int]]:
