@@ -47,7 +47,8 @@ def is_folder(text: str | Path) -> bool:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises DataError where it is missing, empty or no UTF-8."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not `splitlines`, which also ends a line at U+2028 and the like, as they may stand in JSON's texts.
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

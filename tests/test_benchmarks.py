@@ -137,6 +137,13 @@ def own(root: Path) -> None:
     write_lines(root / "l.jsonl", labels)
 
 
+def test_a_line_of_json_ends_at_a_newline_only(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    caption = "a\u2028red\u0085thing"  # as json.dumps(…, ensure_ascii=False) leaves them
+    (tmp_path / "c.jsonl").write_text(f'{{"image": "a.png", "captions": ["{caption}"]}}\n', encoding="utf-8")
+    assert open_benchmark(f"json:{tmp_path}/c.jsonl").records[0].targets == (caption,)
+
+
 FOUND = [
     (coco, "coco", ",val2017", "captioning", [
         ("397133", "val2017/000000397133.jpg", ("A man cooks.", "A man is in a kitchen."), "", ""),

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from clip_jax.errors import ConfigError
-from flamingo_jax.data.conventions import Convention
+from flamingo_jax.data.conventions import Convention, open_convention
 from flamingo_jax.data.documents import phi
+from flamingo_jax.data.tokenizer import open_tokenizer
 
 FLAMINGO = Convention("flamingo", image=(7, 8), end_id=50)
 OPEN_FLAMINGO = Convention("open_flamingo", image=(9,), end_id=50)
@@ -56,3 +57,11 @@ def test_more_tags_than_images_are_named() -> None:
         OPEN_FLAMINGO.media_mask(text, text != PAD, 1)
     with pytest.raises(ConfigError, match="family 'kosmos': expected one of flamingo, open_flamingo, idefics"):
         Convention("kosmos", image=(1,), end_id=2)
+
+
+def test_the_first_id_beyond_a_padded_table_of_embeddings_is_the_new_token() -> None:
+    tokenizer = open_tokenizer("wordnet/tokenizer.json")  # 4096 ids
+    assert open_convention("flamingo", tokenizer, 4224, 1).end_id == 4224
+    for size in (4095, 4096 + 512):
+        with pytest.raises(ConfigError, match=f"the tokenizer has 4096 ids; the language model expects {size}"):
+            open_convention("flamingo", tokenizer, size, 1)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,12 +20,13 @@ from clip_jax.training.loop import run_metadata
 from configs.flamingo import quickstart
 from flamingo_jax.evaluation.benchmarks import Benchmark, open_benchmark
 from flamingo_jax.evaluation.captioning import bleu, cider, coco_words
-from flamingo_jax.evaluation.harness import Evaluation, Settings
+from flamingo_jax.evaluation.harness import Evaluation, Example, Settings
 from flamingo_jax.evaluation.model import FlamingoModel
 from flamingo_jax.evaluation.results import evaluate_to
 from flamingo_jax.evaluation.rices import check_pictures, embed_pictures
 from flamingo_jax.evaluation.vqa import vqa_accuracy
 from flamingo_jax.loading import Loaded, load
+from flamingo_jax.models.language_model import DecoderSpec
 from flamingo_jax.training.flamingo_task import FlamingoTask
 from launch import evaluate
 
@@ -181,6 +183,22 @@ class StripedClip:
 
     def images(self, source: Any) -> tuple[np.ndarray, np.ndarray]:
         return np.array([[3.0 * i, 4.0 * i] for i in range(1, len(source) + 1)]), self.good
+
+
+def test_a_prompt_that_fits_is_not_rounded_up_beyond_the_models_positions() -> None:
+    spec = DecoderSpec(
+        vocab_size=9, width=8, layers=1, heads=1, kv_heads=1, mlp_width=8, positions="learned", max_positions=50
+    )
+    model = object.__new__(FlamingoModel)
+    model._loaded = SimpleNamespace(
+        model=SimpleNamespace(language_model=SimpleNamespace(spec=spec)), preprocess=SimpleNamespace(image_size=8)
+    )  # type: ignore[assignment]
+    model._ids = lambda prompt, answer=None: [0] * 40  # type: ignore[method-assign]
+    prompt = [Example(None, None, "")]
+    assert model._shape([prompt], 4).tokens == 46  # of 64
+    model.check([prompt], 10)
+    with pytest.raises(ConfigError, match="a prompt of 40 tokens, and 11 for the answer; the model has 50 positions"):
+        model.check([prompt], 11)
 
 
 def test_embeddings_are_of_unit_length_and_no_picture_is_left_out(

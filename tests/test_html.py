@@ -12,7 +12,7 @@ from clip_jax.errors import DataError, RecordError
 from flamingo_jax.data import html
 from flamingo_jax.data.documents import END, Text
 from flamingo_jax.data.filters import LeftOutError
-from flamingo_jax.data.html import HtmlPages, Source, parse
+from flamingo_jax.data.html import HtmlPages, Source, parse, read_html
 from flamingo_jax.data.pages import open_pages
 
 WORDS = "Some running text that is long enough. "
@@ -77,6 +77,14 @@ def test_hostile_pages_take_no_time() -> None:
     assert time.process_time() - start < 10  # of the parser alone, one of them takes minutes
     with pytest.raises(RecordError, match="^page: more than 1000 open elements$"):
         parse("<div>" * 1001)
+
+
+def test_an_encoding_whose_time_grows_with_the_square_is_not_used(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_bytes(b"<meta charset=PunyCode><p>plain-" + b"a" * 400_000)
+    start = time.process_time()
+    assert read_html(page).startswith("<meta charset=PunyCode><p>plain-aaa")
+    assert time.process_time() - start < 2  # Python's own decoder of it takes ten times as long
 
 
 def test_only_images_in_the_folder_that_are_pictures(tmp_path: Path) -> None:

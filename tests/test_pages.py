@@ -64,7 +64,11 @@ def test_lines_are_read_where_they_lie(tmp_path: Path) -> None:
         records[2]
     path.write_text(' [{"a": 1}, {"a": 2}]')
     assert JsonRecords(path)[1] == (f"{path}:[1]", {"a": 2})
-    for text, message in (("[1", "not a JSON array"), ("\n", "empty; expected a JSON object a line")):
+    for text, message in (
+        ("[1", "not a JSON array"),
+        ("[" * 100_000, "not a JSON array"),
+        ("\n", "empty; expected a JSON object a line"),
+    ):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             JsonRecords(path)

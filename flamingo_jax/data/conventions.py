@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clip_jax.errors import ConfigError
-from flamingo_jax.data.tokenizer import TextTokenizer
+from flamingo_jax.data.tokenizer import TextTokenizer, check_vocabulary
 
 # What special tokens are called in each family's tokenizer. To Flamingo the tag is plain text, and its one new token
 # is beyond the tokenizer.
@@ -81,8 +81,7 @@ def open_convention(family: str, tokenizer: TextTokenizer, vocab_size: int, extr
     Raises ConfigError where the tokenizer lacks a special token, or does not have the ids that the model has.
     """
     if family == "flamingo":
-        if tokenizer.vocab_size != vocab_size:
-            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids; the language model has {vocab_size}")
+        check_vocabulary(tokenizer, "the tokenizer", vocab_size)
         tag = tuple(tokenizer.encode(SPECIAL_TOKENS[family]["image"]))
         bos_id = next(iter(tokenizer.start_ids), None)
         return Convention(family, image=tag, end_id=vocab_size, bos_id=bos_id, pad_id=tokenizer.pad_id)

@@ -6,7 +6,6 @@ and blocks that are links for the most part (as in Kohlschütter et al., "Boiler
 features", 2010). Only images in the folder are used.
 """
 
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
-from PIL import Image
 
 from clip_jax.data import transforms
 from clip_jax.errors import DataError, RecordError
@@ -34,6 +32,7 @@ def _words(text: str) -> frozenset[str]:
 SUFFIXES = {".html", ".htm", ".xhtml"}
 MAX_BYTES, MAX_DEPTH = 1 << 22, 1000  # of a page; a larger or deeper one is none
 MAX_TAG = 8192  # characters: the parser's time grows with the square of what is open
+OF_ADDRESSES = ("punycode", "idna")  # Python's encodings of names, in time that grows with the square of the length
 LINKED = 0.5  # the share of a block's characters in links from which on it is boilerplate
 VOID = _words("area base br col embed hr img input link meta param source track wbr")
 DROPPED = _words(
@@ -141,15 +140,14 @@ class HtmlPages:
         if path.suffix.lower() in (".svg", ".svgz") or data[:256].lstrip().startswith((b"<svg", b"<?xml")):
             return "svg"
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-            if min(width, height) < self.limits.min_side:
-                return "too_small"
-            if max(width, height) > self.limits.max_aspect * min(width, height):
-                return "too_elongated"
             pixels = np.asarray(transforms.decode(data, src))
-        except (RecordError, OSError, ValueError, Image.DecompressionBombError):
+        except RecordError:
             return "does_not_decode"
+        shorter, longer = sorted(pixels.shape[:2])
+        if shorter < self.limits.min_side:
+            return "too_small"
+        if longer > self.limits.max_aspect * shorter:
+            return "too_elongated"
         return "of_one_colour" if (pixels == pixels[0, 0]).all() else Raw(data)
 
     def _local(self, src: str, page: Path) -> Path | str:
@@ -188,8 +186,9 @@ def read_html(path: Path) -> str:
     if len(data) > MAX_BYTES:
         raise RecordError(f"{path}: more than {MAX_BYTES:,} bytes", reason="page_too_large")
     charset = re.search(rb"charset\s*=\s*[\"']?\s*([\w.:-]+)", data[:2048])
+    name = charset[1].decode("ascii").lower() if charset else "utf-8"
     try:
-        return data.decode(charset[1].decode("ascii") if charset else "utf-8", "replace")
+        return data.decode("utf-8" if name in OF_ADDRESSES else name, "replace")
     except (LookupError, UnicodeError):
         return data.decode("utf-8", "replace")
 

@@ -30,7 +30,7 @@ class JsonRecords:
                     self._array = json.loads(path.read_bytes())
         except OSError as error:
             raise DataError(f"{path}: can't be read ({error.strerror})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not a JSON array ({error}); expected one, or an object a line") from None
         if self._array is None:
             self._file = path.open("rb")

@@ -9,11 +9,12 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from clip_jax.data.tokenizer import PAD, canonical
-from clip_jax.errors import DataError
+from clip_jax.errors import ConfigError, DataError
 
 ASSETS = Path(__file__).parent / "assets"
 
 BOS, EOS = "<|bos|>", "<|eos|>"
+PADDED = 512
 
 
 class TextTokenizer:
@@ -111,6 +112,15 @@ def open_tokenizer(path: str | Path, bos: str | None = BOS, pad: str | None = No
         return TextTokenizer(backend, bos, pad)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+
+
+def check_vocabulary(tokenizer: TextTokenizer, name: str, vocab_size: int) -> None:
+    """Raises ConfigError where a tokenizer's ids are not the language model's.
+
+    Published tables of embeddings are often padded, to a multiple of PADDED at most, by rows that no token uses.
+    """
+    if not vocab_size - PADDED < tokenizer.vocab_size <= vocab_size:
+        raise ConfigError(f"{name} has {tokenizer.vocab_size} ids; the language model expects {vocab_size}")
 
 
 def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:

@@ -108,11 +108,13 @@ class FlamingoModel:
         longest = max(len(self._ids(prompt)) for prompt in prompts)
         tokens = -(-longest // MULTIPLE) * MULTIPLE
         spec = self._loaded.model.language_model.spec
-        if spec.positions == "learned" and longest + new_tokens > spec.max_positions:
-            raise ConfigError(
-                f"a prompt of {longest} tokens, and {new_tokens} for the answer; the model has {spec.max_positions} "
-                "positions: take fewer shots"
-            )
+        if spec.positions == "learned":
+            if longest + new_tokens > spec.max_positions:
+                raise ConfigError(
+                    f"a prompt of {longest} tokens, and {new_tokens} for the answer; the model has "
+                    f"{spec.max_positions} positions: take fewer shots"
+                )
+            tokens = min(tokens, spec.max_positions - new_tokens)  # rounded up no further than it has room for
         images = max(1, *(sum(example.image is not None for example in prompt) for prompt in prompts))
         return Shape(images, 1, self._loaded.preprocess.image_size, tokens)
 

@@ -11,12 +11,11 @@ import jax
 
 from clip_jax.errors import ConfigError
 from clip_jax.interop.mapping import Report
-from flamingo_jax.data.tokenizer import open_tokenizer
+from flamingo_jax.data.tokenizer import check_vocabulary, open_tokenizer
 from flamingo_jax.interop import huggingface, published
 from flamingo_jax.interop.idefics import write_idefics
 from flamingo_jax.interop.open_flamingo import write_open_flamingo
 from flamingo_jax.loading import Loaded, load
-from flamingo_jax.training.language_model_task import check_vocabulary
 
 
 def import_model(spec: str, workdir: str | Path, **options: Any) -> tuple[Path, published.Published]:

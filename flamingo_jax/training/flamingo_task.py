@@ -23,9 +23,8 @@ from flamingo_jax import adapters
 from flamingo_jax.data.documents import Shape
 from flamingo_jax.data.features import tower_digest
 from flamingo_jax.data.mixture import Mixture
-from flamingo_jax.data.tokenizer import open_tokenizer
+from flamingo_jax.data.tokenizer import check_vocabulary, open_tokenizer
 from flamingo_jax.models.variants import build_flamingo, language_model_fields, resampler_fields
-from flamingo_jax.training.language_model_task import check_vocabulary
 
 PyTree = Any
 REQUIRED = ("vision", "language_model")  # of config.init, unless all is another Flamingo's

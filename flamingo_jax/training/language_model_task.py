@@ -22,12 +22,11 @@ from clip_jax.losses.next_token import next_token_losses
 from clip_jax.models.layers import Array
 from clip_jax.training.state import merge
 from flamingo_jax.data.text import TextSource, open_texts
-from flamingo_jax.data.tokenizer import TextTokenizer, open_tokenizer
+from flamingo_jax.data.tokenizer import TextTokenizer, check_vocabulary, open_tokenizer
 from flamingo_jax.models.language_model import LanguageModel
 from flamingo_jax.models.variants import build_language_model
 
 PyTree = Any
-PADDED = 512
 
 
 class TextOnly(nn.Module):
@@ -125,12 +124,3 @@ class LanguageModelTask:
             "language_model": self.config.model.to_dict(),
             "tokenizer": {"file": Path(self.config.data.tokenizer).name, "sha256": self.tokenizer.digest()},
         }
-
-
-def check_vocabulary(tokenizer: TextTokenizer, name: str, vocab_size: int) -> None:
-    """Raises ConfigError where a tokenizer's ids are not the language model's.
-
-    Published tables of embeddings are often padded, to a multiple of PADDED at most, by rows that no token uses.
-    """
-    if not vocab_size - PADDED < tokenizer.vocab_size <= vocab_size:
-        raise ConfigError(f"{name} has {tokenizer.vocab_size} ids; the language model expects {vocab_size}")
