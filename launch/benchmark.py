@@ -9,6 +9,8 @@ is absent is named and left out.
 import argparse
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from functools import partial
 
 from clip_jax.errors import UserError
@@ -25,6 +27,7 @@ ROWS: dict[str, Rows] = {
     "gpu": gpu.rows,
 }
 ASKED_FOR = ("compile-flamingo",)  # run only where named: it takes long
+DEFAULT = [name for name in ROWS if name not in ASKED_FOR]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,23 +52,36 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     settings = Settings(1 if arguments.quick else max(1, arguments.rounds), arguments.quick)
     about, results = about_this_run(sys.argv[1:]), list[Result]()
-    failed = False
-    for name in arguments.row or [name for name in ROWS if name not in ASKED_FOR]:
-        try:
-            for row in ROWS[name](settings):
-                results.append(row)
-                print(f"{row.name}: {row.why if isinstance(row, Skipped) else f'{row.ratio:.2f}×'}", file=sys.stderr)
-        except UserError as error:
-            failed = True
-            results.append(Skipped(name, f"failed: {error}"))
-            print(f"error: {error}", file=sys.stderr)
+    save = partial(write, results, about, arguments.json, arguments.plot, arguments.table)
     try:
-        write(results, about, arguments.json, arguments.plot, arguments.table)
+        save()  # before hours of measuring: can they be written?
+        failed = [name for name in arguments.row or DEFAULT if not measure(name, settings, results, save)]
     except UserError as error:
         sys.exit(f"error: {error}")
     print(to_markdown(results, about))
     if failed:
         sys.exit(1)
+
+
+def measure(name: str, settings: Settings, results: list[Result], save: Callable[[], None]) -> bool:
+    """Whether all rows of that name were measured, each saved as it came; what fails is a row that says so."""
+    rows = ROWS[name](settings)
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # one row's trouble, a peer's perhaps, is not the others'
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            row, ok = Skipped(name, f"failed: {error if isinstance(error, UserError) else repr(error)}"), False
+        else:
+            ok = True
+        if row is None:
+            return True
+        results.append(row)
+        print(f"{row.name}: {row.why if isinstance(row, Skipped) else f'{row.ratio:.2f}×'}", file=sys.stderr)
+        save()
+        if not ok:
+            return False
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The benchmark's figures, table and refusals; what it measures is measured by running it."""
 
 import json
+import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,10 @@ import pytest
 from clip_jax.errors import UserError
 from launch import benchmark
 from launch.benchmarking import compile_time, start
-from launch.benchmarking.clip import check_same
+from launch.benchmarking.clip import check_gradients, check_same
 from launch.benchmarking.peers import NEW, Watch
 from launch.benchmarking.rows import Result, Row, Settings, Skipped, interleave, to_json, to_markdown, write
-from launch.benchmarking.turns import resident_mib
+from launch.benchmarking.turns import program, resident_mib
 
 ABOUT = {"machine": "two cores", "python": "3", "versions": {"jax": "1"}, "commit": "abc", "command": "python -m x"}
 ROWS: list[Result] = [
@@ -71,6 +73,61 @@ def test_what_differs_is_not_compared() -> None:
     for wrong in (one + 0.01, one * np.nan, -one):
         with pytest.raises(UserError, match="row: ours and peer are .* apart in turn 1; nothing is compared"):
             check_same("row", {"ours": [one, one], "peer": [one, wrong]})
+
+
+def test_steps_with_other_gradients_are_not_compared() -> None:
+    theirs = {"weight": np.array([3.0, 4.0]), "key.bias": np.array([1e-7])}
+    check_gradients("row", {"weight": np.array([3.0, 4.01]), "key.bias": np.array([-2e-7])}, theirs)
+    for wrong in ([3.0, 4.1], [-3.0, -4.0], [np.nan, 4.0]):
+        with pytest.raises(UserError, match="row: the gradients of weight are .* apart; nothing is compared"):
+            check_gradients("row", {"weight": np.array(wrong), "key.bias": theirs["key.bias"]}, theirs)
+
+
+def broken(what: str) -> Callable[[], int]:
+    if what == "make":
+        raise ValueError("no weights")
+    return lambda: os._exit(3)
+
+
+def test_a_side_whose_process_ends_is_an_error_not_a_wait() -> None:
+    for what, status in (("make", 1), ("run", 3)):
+        with pytest.raises(UserError, match=f"process ended with status {status}"), program(broken, what) as run:
+            run()
+
+
+def test_one_row_that_fails_leaves_the_others_and_each_is_saved_as_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "a.md"
+    seen: list[str] = []
+
+    def breaks(settings: Settings) -> Iterator[Result]:
+        yield ROWS[0]
+        seen.append(table.read_text())
+        raise KeyError("a peer's")
+
+    def works(settings: Settings) -> Iterator[Result]:
+        seen.append(table.read_text())
+        yield ROWS[1]
+
+    monkeypatch.setattr(benchmark, "ROWS", {"breaks": breaks, "works": works})
+    monkeypatch.setattr("sys.argv", ["benchmark", "breaks", "works", "--table", str(table)])
+    with pytest.raises(SystemExit, match="1"):
+        benchmark.main()
+    assert "| embedding |" in seen[0] and "failed" not in seen[0]
+    assert '- breaks: not run: failed: KeyError("a peer\'s")' in seen[1]
+    assert "| loss: memory |" in table.read_text() and "| embedding |" in table.read_text()
+    assert table.read_text() in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.json").mkdir()
+    monkeypatch.setattr(benchmark, "ROWS", {"row": lambda settings: pytest.fail("measured")})
+    monkeypatch.setattr("sys.argv", ["benchmark", "row", "--json", str(tmp_path / "a.json")])
+    with pytest.raises(SystemExit, match="error: .*a.json"):
+        benchmark.main()
 
 
 def test_a_peers_prefill_counts_what_it_does_before_it_reads_the_prompt() -> None:

@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
+import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from launch.benchmarking.peers import import_peers
 from launch.benchmarking.rows import OURS, Result, Row, Settings, Skipped, interleave, seconds
 from launch.benchmarking.turns import program
 
-OPTIMIZER = dict(lr=1e-8, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)  # of both sides
+# Of both sides. The rate keeps the weights where they are, so that every turn does the same; what their gradients were
+# is seen by the first moments. (At 1e-6 two steps move the loss of random weights by 0.02 more or less.)
+OPTIMIZER = dict(lr=1e-8, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
 NEEDED = ("torch", "open_clip")
 
 
@@ -84,13 +87,15 @@ def inputs(directory: Path, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ours(directory: Path, case: Case) -> Callable[..., Any]:
-    """A turn; or, called with "flops", how many operations its products take."""
+    """A turn; or, called with "flops", how many operations its products take; or with "moments", see `theirs`."""
     import jax
     import ml_collections
     import optax
 
     from clip_jax import sharding
     from clip_jax.interop import published
+    from clip_jax.interop.mapping import to_theirs
+    from clip_jax.interop.open_clip import layout
     from clip_jax.losses import contrastive_loss
     from clip_jax.models.variants import build_two_tower
     from clip_jax.training.optimizer import make_optimizer
@@ -100,6 +105,7 @@ def ours(directory: Path, case: Case) -> Callable[..., Any]:
     imported = published.read(f"open_clip:{directory}")
     model, variables = build_two_tower({**imported.config, "dtype": case.dtype}), jax.device_put(imported.variables)
     image, text = map(jax.device_put, inputs(directory, case.batch))
+    their_names = layout(imported.config)
     del imported
 
     def embed(variables: Any, x: Any) -> Any:
@@ -142,6 +148,10 @@ def ours(directory: Path, case: Case) -> Callable[..., Any]:
     def run_step(what: str = "turn") -> Any:
         if what == "flops":
             return products_flops(jax.make_jaxpr(step)(*held, image, text).jaxpr)
+        if what == "moments":
+            return to_theirs(
+                their_names, jax.device_get({"params": optax.tree_utils.tree_get(held[2], "mu"), **held[1]})
+            )
         start = time.perf_counter()
         *held[:], value = jax.block_until_ready(fast(*held, image, text))
         return Ran(time.perf_counter() - start, np.asarray(value))
@@ -149,7 +159,8 @@ def ours(directory: Path, case: Case) -> Callable[..., Any]:
     return run_step
 
 
-def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Ran]:
+def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Any]:
+    """A turn; or, called with "moments" after steps, what Adam holds of their gradients, by parameter."""
     torch, _ = import_peers()
     import open_clip
     from open_clip.loss import ClipLoss
@@ -190,7 +201,9 @@ def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Ran]:
         weight_decay=OPTIMIZER["weight_decay"],
     )
 
-    def run_step() -> Ran:
+    def run_step(what: str = "turn") -> Any:
+        if what == "moments":
+            return {name: optimizer.state[p]["exp_avg"].cpu().numpy() for name, p in model.named_parameters()}
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         with precision:
@@ -235,6 +248,10 @@ def beside(directory: Path, case: Case, settings: Settings) -> Iterator[Result]:
             sides["open_clip, torch.compile"] = stack.enter_context(program(theirs, directory, case, True))
         limit = sides[OURS]("flops").result / matmul_rate(case.device, case.dtype)
         found = interleave(sides, settings.rounds)
+        if case.kind == "step" and case.dtype == "float32":
+            moments = {side: run("moments").result for side, run in sides.items()}
+            for peer in list(sides)[1:]:
+                check_gradients(f"{name}, beside {peer}", moments[OURS], moments[peer])
     tolerance = 2e-3 if case.dtype == "float32" else 0.05
     check_same(name, {side: [run.result.output for run in runs] for side, runs in found.items()}, tolerance)
     for peer in list(sides)[1:]:
@@ -252,3 +269,18 @@ def check_same(name: str, outputs: dict[str, list[np.ndarray]], tolerance: float
             apart = float(np.abs(a - b).max())
             if not apart <= tolerance * max(1.0, float(np.abs(b).max())):
                 raise UserError(f"{name}: {first} and {side} are {apart:.2g} apart in turn {turn}; nothing is compared")
+
+
+def check_gradients(
+    name: str, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], tolerance: float = 0.01
+) -> None:
+    """Raises UserError where a parameter's differ by more than that, relative to its norm or a thousandth of all's.
+
+    (Some, as those of the keys' biases, are 0 but for rounding.)
+    """
+    norms = {key: float(np.linalg.norm(value)) for key, value in theirs.items()}
+    least = 1e-3 * math.hypot(*norms.values())
+    for key, value in theirs.items():
+        apart = float(np.linalg.norm(np.subtract(ours[key], value))) / max(norms[key], least)
+        if not apart <= tolerance:
+            raise UserError(f"{name}: the gradients of {key} are {apart:.2g} apart; nothing is compared")

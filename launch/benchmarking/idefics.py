@@ -7,26 +7,34 @@ import numpy as np
 
 from launch.benchmarking.peers import IMAGES, NEW, SIZE, TOKENS, Said, Watch, import_peers
 
-CONFIG: dict[str, Any] = dict(
-    vocab_size=32000,
-    additional_vocab_size=2,
-    hidden_size=512,
-    intermediate_size=1376,
-    num_hidden_layers=12,
-    num_attention_heads=8,
-    cross_layer_interval=4,
-    qk_layer_norms=True,
-    use_resampler=True,
-    alpha_initializer="ones",
-    vision_config=dict(
-        embed_dim=384, image_size=SIZE, patch_size=14, intermediate_size=1536, num_hidden_layers=12,
-        num_attention_heads=6,
-    ),
-    perceiver_config=dict(
-        use_resampler=True, resampler_n_latents=64, resampler_depth=6, resampler_n_heads=6, resampler_head_dim=64,
-        qk_layer_norms_perceiver=True,
-    ),
-)  # fmt: skip
+V = 32000
+
+
+def _config(width: int, hidden: int, heads: int, vision: int) -> dict[str, Any]:
+    """A language model of `width` with 12 layers and 3 gated blocks; a tower of `vision` with 12, a resampler of 6."""
+    return dict(
+        vocab_size=V,
+        additional_vocab_size=2,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=12,
+        num_attention_heads=heads,
+        cross_layer_interval=4,
+        qk_layer_norms=True,
+        use_resampler=True,
+        alpha_initializer="ones",
+        vision_config=dict(
+            embed_dim=vision, image_size=SIZE, patch_size=14, intermediate_size=4 * vision, num_hidden_layers=12,
+            num_attention_heads=vision // 64,
+        ),
+        perceiver_config=dict(
+            use_resampler=True, resampler_n_latents=64, resampler_depth=6, resampler_n_heads=vision // 64,
+            resampler_head_dim=64, qk_layer_norms_perceiver=True,
+        ),
+    )  # fmt: skip
+
+
+SIZES = {"small": _config(512, 1376, 8, 384), "medium": _config(1024, 2752, 16, 512)}  # some 112 and 304 M parameters
 
 
 def inputs(batch: int) -> dict[str, np.ndarray]:
@@ -35,18 +43,18 @@ def inputs(batch: int) -> dict[str, np.ndarray]:
     latest = np.arange(TOKENS) * IMAGES // TOKENS
     seen = np.broadcast_to(latest[:, None] == np.arange(IMAGES), (batch, TOKENS, IMAGES))
     return {
-        "input_ids": rng.integers(3, CONFIG["vocab_size"], (batch, TOKENS)),
+        "input_ids": rng.integers(3, V, (batch, TOKENS)),
         "attention_mask": np.ones((batch, TOKENS), np.int64),
         "pixel_values": rng.normal(size=(batch, IMAGES, 3, SIZE, SIZE)).astype(np.float32),
         "image_attention_mask": seen.astype(np.int64),
     }
 
 
-def save_weights(directory: Path) -> Any:
+def save_weights(directory: Path, config: dict[str, Any]) -> Any:
     """Random ones. Returns the number of parameters when called."""
     torch, transformers = import_peers()
     torch.manual_seed(0)
-    model = transformers.IdeficsForVisionText2Text(transformers.IdeficsConfig(**CONFIG))
+    model = transformers.IdeficsForVisionText2Text(transformers.IdeficsConfig(**config))
     model.save_pretrained(directory)
     return lambda: sum(parameter.numel() for parameter in model.parameters())
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from launch.benchmarking.peers import IMAGES, NEW, SIZE, TOKENS, Said, Watch, import_peers
 
-V, WIDTH, INTERVAL = 32000, 512, 4
+V, INTERVAL = 32000, 4
 EOC, IMAGE, ADDED = V, V + 1, 3
 CLIP: dict[str, Any] = dict(
     embed_dim=64,
@@ -19,9 +19,11 @@ CLIP: dict[str, Any] = dict(
     vision_cfg=dict(image_size=SIZE, layers=12, width=384, patch_size=14, head_width=64),
     text_cfg=dict(context_length=8, vocab_size=64, width=64, heads=1, layers=1),
 )
-LLAMA = dict(
-    vocab_size=V, hidden_size=WIDTH, intermediate_size=1376, num_hidden_layers=12, num_attention_heads=8
-)  # fmt: skip
+SIZES = {
+    "small": dict(
+        vocab_size=V, hidden_size=512, intermediate_size=1376, num_hidden_layers=12, num_attention_heads=8
+    )
+}  # fmt: skip
 
 
 def inputs(batch: int) -> dict[str, np.ndarray]:
@@ -50,14 +52,14 @@ def _assemble(clip: Any, lm: Any) -> Any:
     return flamingo.Flamingo(clip, lm, EOC, IMAGE, vis_dim=width, cross_attn_every_n_layers=INTERVAL).eval()
 
 
-def save_weights(directory: Path) -> Any:
+def save_weights(directory: Path, config: dict[str, Any]) -> Any:
     """Random ones, with gates half open. Returns the number of parameters when called."""
     torch, transformers = import_peers()
     import open_clip
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    clip, lm = open_clip.CLIP(**CLIP), transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    clip, lm = open_clip.CLIP(**CLIP), transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     (directory / "vision").mkdir()
     (directory / "vision" / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
     save_file(clip.state_dict(), directory / "vision" / "open_clip_model.safetensors")

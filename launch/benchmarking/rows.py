@@ -21,6 +21,7 @@ from launch.benchmarking.turns import Measured
 
 LIBRARIES = ("jax", "jaxlib", "flax", "torch", "open_clip_torch", "transformers", "open_flamingo")
 OURS = "clip-flamingo-jax"
+MET, MISSED, NO_GOAL = "#3a9d6e", "#d2703c", "#9aa7b5"  # colours of the plot
 
 
 @dataclass(frozen=True)
@@ -124,29 +125,52 @@ def to_json(results: Sequence[Result], about: Mapping[str, Any]) -> str:
     return json.dumps({**about, "rows": rows}, indent=1) + "\n"
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
-    """Each row's ratio with its spread, and its goal. Raises UserError where matplotlib is absent."""
+def plot(results: Sequence[Result], about: Mapping[str, Any], path: Path) -> None:
+    """Each row's ratio, on a logarithmic scale from 1×, with its spread and its goal. Raises UserError where matplotlib
+    is absent.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     rows = [row for row in results if isinstance(row, Row)][::-1]
-    figure_, axes = pyplot.subplots(figsize=(9, 1 + 0.4 * len(rows)))
-    low, high = ([abs(end(row.ratios) - row.ratio) for row in rows] for end in (min, max))
-    colours = ["#2a7" if row.met else "#c63" for row in rows]
-    axes.barh(range(len(rows)), [row.ratio for row in rows], xerr=[low, high], color=colours, capsize=3)
-    goals = [(row.goal, y) for y, row in enumerate(rows) if row.goal is not None]
-    axes.plot(*zip(*goals, strict=True), "k|", markersize=16, label="goal")
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [f"{row.name}\nbeside {row.peer}" for row in rows], fontsize=7)
-    axes.set_xlabel("peer's time or memory / ours")
-    axes.legend()
-    figure_.tight_layout()
+    figure_, axes = pyplot.subplots(figsize=(11, 1.6 + 0.42 * len(rows)), layout="constrained")
+    ends = [1.0]
+    for y, row in enumerate(rows):
+        low, high = min(row.ratios), max(row.ratios)
+        colour = MET if row.met else MISSED
+        axes.barh(y, row.ratio - 1, left=1, height=0.6, color=NO_GOAL if row.goal is None else colour)
+        axes.errorbar(row.ratio, y, xerr=[[row.ratio - low], [high - row.ratio]], color="0.2", capsize=3, linewidth=1)
+        if row.goal is not None:
+            axes.plot([row.goal] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2.5)
+        most = max(high, row.goal or 0.0, 1.0)
+        axes.annotate(f"{row.ratio:.2f}×", (most, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
+        ends += [low, most, row.goal or 1.0]
+    axes.axvline(1, color="0.2", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(ends) / 1.15, max(ends) * max(1.3, (max(ends) / min(ends)) ** 0.12))  # room for the last figure
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_yticks(range(len(rows)), [f"{row.name}\nbeside {row.peer}" for row in rows], fontsize=8)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_xlabel(f"the other's time or memory, divided by {OURS}'s: median, least and most of the turns")
+    axes.set_title(f"{about['machine']}; commit {about['commit']}", fontsize=9, loc="left")
+    marks = [
+        Patch(color=MET, label="goal met"),
+        Patch(color=MISSED, label="missed"),
+        Patch(color=NO_GOAL, label="no goal"),
+    ]
+    marks.append(Patch(color="black", label="goal"))
+    figure_.legend(handles=marks, loc="outside upper right", ncols=len(marks), frameon=False, fontsize=9)
     with replacing(path) as temporary:
-        figure_.savefig(temporary, dpi=120, format=path.suffix.removeprefix(".") or "png")
+        figure_.savefig(temporary, dpi=150, format=path.suffix.removeprefix(".") or "png")
     pyplot.close(figure_)
 
 
@@ -159,7 +183,7 @@ def write(
     if table:
         write_atomically(Path(table), to_markdown(results, about))
     if plot_path:
-        plot(results, Path(plot_path))
+        plot(results, about, Path(plot_path))
 
 
 def about_this_run(arguments: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from clip_jax.errors import UserError
+
 MIB = 2**20
 
 Run = Callable[..., Any]
@@ -41,18 +43,30 @@ def _serve(make: Callable[..., Run], arguments: tuple[Any, ...], pipe: Connectio
 
 @contextlib.contextmanager
 def program(make: Callable[..., Run], *arguments: Any) -> Iterator[Callable[..., Measured]]:
-    """`make(*arguments)` called in a new process, and what it returns called there. Results must pickle."""
+    """`make(*arguments)` called in a new process, and what it returns called there. Results must pickle.
+
+    Raises UserError where that process ends, on an error (which it prints) or for want of memory.
+    """
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_serve, args=(make, arguments, there), daemon=True)
     process.start()
     there.close()
-    here.recv()
+
+    def answer() -> Any:
+        try:
+            return here.recv()
+        except (EOFError, OSError):
+            process.join()
+            how = f"signal {-process.exitcode}" if (process.exitcode or 0) < 0 else f"status {process.exitcode}"
+            raise UserError(f"{getattr(make, '__module__', '')}'s process ended with {how}") from None
 
     def call(*arguments: Any) -> Measured:
-        here.send(arguments)
-        return here.recv()
+        with contextlib.suppress(BrokenPipeError):  # `answer` says how it ended
+            here.send(arguments)
+        return answer()
 
     try:
+        answer()
         yield call
     finally:
         with contextlib.suppress(OSError):
