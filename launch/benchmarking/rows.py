@@ -177,13 +177,17 @@ def plot(results: Sequence[Result], about: Mapping[str, Any], path: Path) -> Non
 def write(
     results: Sequence[Result], about: Mapping[str, Any], json_path: str | None, plot_path: str | None, table: str | None
 ) -> None:
-    """Those of the files that are named."""
-    if json_path:
-        write_atomically(Path(json_path), to_json(results, about))
-    if table:
-        write_atomically(Path(table), to_markdown(results, about))
-    if plot_path:
-        plot(results, about, Path(plot_path))
+    """Those of the files that are named. Raises UserError where one cannot be written."""
+    path = None
+    try:
+        if path := json_path:
+            write_atomically(Path(path), to_json(results, about))
+        if path := table:
+            write_atomically(Path(path), to_markdown(results, about))
+        if path := plot_path:
+            plot(results, about, Path(path))
+    except OSError as error:
+        raise UserError(f"{path}: not written: {error.strerror}") from None
 
 
 def about_this_run(arguments: Sequence[str]) -> dict[str, Any]:
