@@ -57,7 +57,8 @@ def program(make: Callable[..., Run], *arguments: Any) -> Iterator[Callable[...,
             return here.recv()
         except (EOFError, OSError):
             process.join()
-            how = f"signal {-process.exitcode}" if (process.exitcode or 0) < 0 else f"status {process.exitcode}"
+            code = process.exitcode or 0
+            how = f"signal {-code}" if code < 0 else f"status {code}"
             raise UserError(f"{getattr(make, '__module__', '')}'s process ended with {how}") from None
 
     def call(*arguments: Any) -> Measured:
