@@ -80,6 +80,10 @@ def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     config.warmup_steps = 0
     schedule = optimizer.learning_rate(config, 100)
     assert [round(float(schedule(s)), 3) for s in (0, 25, 100)] == [1.0, 0.75, 0.0]
+    config.decay = "constant"
+    assert [float(optimizer.learning_rate(config, 100)(s)) for s in (0, 1, 100)] == [1.0, 1.0, 1.0]
+    config.warmup_steps = 10
+    assert [float(optimizer.learning_rate(config, 100)(s)) for s in (0, 5, 10, 100)] == [0.0, 0.5, 1.0, 1.0]
 
 
 # Of each layout one parameter: the dimensions that count its units, as positions.

@@ -40,11 +40,11 @@ def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
 
     Raises ConfigError for another `decay`.
     """
+    up = optax.linear_schedule(0.0, config.lr, config.warmup_steps)  # of no steps: 0 for ever, so never alone
     if config.decay == "constant":
-        return optax.warmup_constant_schedule(0.0, config.lr, config.warmup_steps)
+        return optax.join_schedules([up, optax.constant_schedule(config.lr)], [config.warmup_steps])
     end = max(steps, config.warmup_steps + 1)
     if config.decay == "linear":
-        up = optax.linear_schedule(0.0, config.lr, config.warmup_steps)
         down = optax.linear_schedule(config.lr, 0.0, end - config.warmup_steps)
         return optax.join_schedules([up, down], [config.warmup_steps])
     if config.decay != "cosine":
