@@ -20,9 +20,9 @@ from launch.benchmarking.peers import import_peers
 from launch.benchmarking.rows import OURS, Result, Row, Settings, Skipped, interleave, seconds
 from launch.benchmarking.turns import program
 
-# Of both sides. The rate keeps the weights where they are, so that every turn does the same; what their gradients were
-# is seen by the first moments. (At 1e-6 two steps move the loss of random weights by 0.02 more or less.)
-OPTIMIZER = dict(lr=1e-8, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
+# Of both sides. At this rate a step moves the loss of random weights by some 0.02, more than may be between the sides:
+# one that does not update is seen.
+OPTIMIZER = dict(lr=1e-6, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
 NEEDED = ("torch", "open_clip")
 
 
