@@ -34,7 +34,7 @@ def _config(width: int, hidden: int, heads: int, vision: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-SIZES = {"small": _config(512, 1376, 8, 384), "medium": _config(1024, 2752, 16, 512)}  # some 112 and 304 M parameters
+SIZES = {"small": _config(512, 1376, 8, 384), "medium": _config(1024, 2752, 16, 512)}  # some 112 and 309 M parameters
 
 
 def inputs(batch: int) -> dict[str, np.ndarray]:
