@@ -1,7 +1,7 @@
 """Flamingo's decoding beside transformers' IDEFICS and beside OpenFlamingo, on the same random weights: a 4-shot
 prompt (5 images of 224² pixels, 160 tokens), 32 greedy tokens, float32.
 
-Each design's module has its sizes: of IDEFICS some 112 and 309 million parameters, of OpenFlamingo some 115.
+Each design's module has its sizes: of IDEFICS some 112 and 309 million parameters.
 """
 
 import importlib
