@@ -238,27 +238,35 @@ def rows_of(cases: Sequence[Case], settings: Settings) -> Iterator[Result]:
 
 
 def beside(directory: Path, case: Case, settings: Settings) -> Iterator[Result]:
-    """The rows of one case. Raises UserError where the sides' outputs differ."""
+    """The rows of one case, one peer after the other: more than two sides' steps do not fit into 24 GiB.
+
+    Raises UserError where the sides' outputs differ.
+    """
     name = f"{case.name}, batch {case.batch}"
+    yield from turns(name, directory, case, settings, compiled=False)
+    if case.compiled and not settings.quick:
+        if case.device == "gpu" or shutil.which("c++"):
+            yield from turns(name, directory, case, settings, compiled=True)
+        else:
+            yield Skipped(f"{name}, beside torch.compile", "no C++ compiler, which it needs on a CPU")
+
+
+def turns(name: str, directory: Path, case: Case, settings: Settings, *, compiled: bool) -> Iterator[Row]:
+    peer = "open_clip, torch.compile" if compiled else "open_clip"
     with ExitStack() as stack:
-        sides = {OURS: stack.enter_context(program(on_device, case.device, ours, directory, case))}
-        sides["open_clip"] = stack.enter_context(program(theirs, directory, case, False))
-        compile_it, can = case.compiled and not settings.quick, case.device == "gpu" or shutil.which("c++")
-        if compile_it and can:
-            sides["open_clip, torch.compile"] = stack.enter_context(program(theirs, directory, case, True))
+        sides = {
+            OURS: stack.enter_context(program(on_device, case.device, ours, directory, case)),
+            peer: stack.enter_context(program(theirs, directory, case, compiled)),
+        }
         limit = sides[OURS]("flops").result / matmul_rate(case.device, case.dtype)
         found = interleave(sides, settings.rounds)
         if case.kind == "step" and case.dtype == "float32":
             moments = {side: run("moments").result for side, run in sides.items()}
-            for peer in list(sides)[1:]:
-                check_gradients(f"{name}, beside {peer}", moments[OURS], moments[peer])
+            check_gradients(f"{name}, beside {peer}", moments[OURS], moments[peer])
     tolerance = 2e-3 if case.dtype == "float32" else 0.05
     check_same(name, {side: [run.result.output for run in runs] for side, runs in found.items()}, tolerance)
-    for peer in list(sides)[1:]:
-        yield Row(name, peer, seconds(found[OURS]), seconds(found[peer]), case.goal,
-                  limit=limit, limit_name="bare matrix products")  # fmt: skip
-    if compile_it and len(sides) == 2:
-        yield Skipped(f"{name}, beside torch.compile", "no C++ compiler, which it needs on a CPU")
+    yield Row(name, peer, seconds(found[OURS]), seconds(found[peer]), case.goal, limit=limit,
+              limit_name="bare matrix products")  # fmt: skip
 
 
 def check_same(name: str, outputs: dict[str, list[np.ndarray]], tolerance: float = 2e-3) -> None:
