@@ -4,6 +4,7 @@ Sources: arXiv 2204.14198, appendix C.2; open_flamingo, eval/models (`get_captio
 transformers, models/idefics/processing_idefics.py; the templates of IDEFICS's own evaluation and its model card.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,6 +165,14 @@ class Prompt:
         """With the whole answer, and its end."""
         return self.answered(text)._with(END)
 
+    def said(self, text: str) -> "Prompt":
+        """`reply` of what a model said, up to where it writes a tag itself."""
+        return self.reply(before_tags(text, self._tags))
+
+    @property
+    def _tags(self) -> list[str]:
+        return sorted({IMAGE_TAG, *SPECIAL_TOKENS[self.convention.family].values()})
+
     def __str__(self) -> str:
         text, around = "", self.grammar.around
         for part in self.parts:
@@ -212,10 +221,15 @@ class Prompt:
         return replace(self, parts=(*self.parts, *parts))
 
     def _typed(self, text: str) -> str:
-        for tag in {IMAGE_TAG, *SPECIAL_TOKENS[self.convention.family].values()}:
+        for tag in self._tags:
             if tag in text:
                 raise ConfigError(f"the text {text[:60]!r} holds {tag}, which only the prompt itself may write")
         return text
+
+
+def before_tags(text: str, tags: Sequence[str] = (IMAGE_TAG,)) -> str:
+    """What counts of what a model said: where it writes a tag, which only a prompt may, it goes on with its own."""
+    return re.split("|".join(map(re.escape, tags)), text, maxsplit=1)[0]
 
 
 def begin(convention: Convention, caption: str | None = None, question: str | None = None) -> Prompt:
