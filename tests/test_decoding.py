@@ -201,6 +201,30 @@ def test_a_stop_string_ends_a_row(generate: Any, batch: Batch, said: np.ndarray)
     assert decoding.truncate("one\ntwo; three", (";", "\n")) == "one"
 
 
+def test_rows_that_ended_at_different_places_go_on(
+    model_and_variables: tuple[Flamingo, Any], batch: Batch, said: np.ndarray
+) -> None:
+    """The whole model's logits of each row's prompt and what was said, at its last token."""
+    model, variables = model_and_variables
+    logits, cache = decoding.read_prompts(model, variables, batch, room=NEW - 1)
+    inside = [spell(row[k : k + 2])[1:3] for row, k in zip(said, (1, 4, 2), strict=True)]
+    found, cache = decoding.resume(
+        model, variables, logits, cache, max_new_tokens=NEW, stop_strings=inside, decode=spell
+    )
+    lengths, tokens = np.asarray(found.lengths), np.asarray(found.tokens)
+    assert len({*lengths.tolist()}) > 1 and lengths.max() < NEW
+    np.testing.assert_array_equal(cache.length, batch["text_mask"].sum(axis=1) + lengths - 1)
+    rows = np.arange(3)
+    got, _ = jax.jit(partial(decoding.step, model))(variables, cache, tokens[rows, lengths - 1])
+    joined = {
+        "text": np.concatenate([batch["text"], tokens], axis=1),
+        "text_mask": np.concatenate([batch["text_mask"], np.arange(NEW) < lengths[:, None]], axis=1),
+        "media_mask": np.concatenate([batch["media_mask"], np.repeat(batch["media_mask"][:, -1:], NEW, 1)], axis=1),
+    }
+    whole = jax.jit(model.apply)(read_idefics(ORACLES / CASE).variables, batch | joined)
+    assert_close(got, np.asarray(whole)[rows, batch["text"].shape[1] + lengths - 1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -133,10 +133,17 @@ def check_room(cache: Cache, tokens: int) -> None:
         )
 
 
-def step(model: Flamingo, variables: Variables, cache: Cache, token_Q: Array | np.ndarray) -> tuple[Array, Cache]:
-    """Reads one more token of every row: (logits of the next one [Q, V + E], the longer cache)."""
+def step(
+    model: Flamingo, variables: Variables, cache: Cache, token_Q: Array | np.ndarray,
+    alive_Q: Array | np.ndarray | None = None,
+) -> tuple[Array, Cache]:  # fmt: skip
+    """Reads one more token of every row: (logits of the next one [Q, V + E], the longer cache).
+
+    Rows that are not `alive` read padding instead: their logits say nothing.
+    """
     text = token_Q[:, None]
-    logits, cache = extend(model, variables, cache, text, jnp.ones(text.shape, bool))
+    mask = jnp.ones(text.shape, bool) if alive_Q is None else jnp.asarray(alive_Q, bool)[:, None]
+    logits, cache = extend(model, variables, cache, text, mask)
     return logits[:, 0], cache
 
 

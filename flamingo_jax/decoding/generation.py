@@ -34,7 +34,7 @@ class Generated(NamedTuple):
 class Progress(NamedTuple):
     """The loop's state."""
 
-    cache: Cache  # without the newest token; and without images, which no step changes
+    cache: Cache  # without each row's newest token; and without images, which no step changes
     tokens: Array  # [B, N] int32
     lengths: Array  # [B]
     scores: Array  # [B]
@@ -112,7 +112,8 @@ def resume(
 ) -> tuple[Generated, Cache]:
     """`generate` from a cache and the logits of the next token, such as `read_prompts` or `extend` gave.
 
-    Returns what was said, and the cache of all of it but the newest token of each row. Of the cache that is given,
+    Returns what was said, and the cache of all of it but the newest token of each row, after which rows that ended
+    early have padding; read those tokens first to go on (`extend`, which says when padding matters). Of the cache that is given,
     the memory of the text's keys and values is taken over; it needs room for max_new_tokens - 1.
     """
     sampling = _check_options(
@@ -235,7 +236,7 @@ def _advance(
 
     def body(progress: Progress) -> Progress:
         token = jnp.take(progress.tokens, progress.chosen - 1, axis=1)
-        logits, cache = step(model, variables, progress.cache._replace(media=media), token)
+        logits, cache = step(model, variables, progress.cache._replace(media=media), token, ~progress.done)
         return _record(progress._replace(cache=cache._replace(media=())), logits, stop_ids, sampling)
 
     return jax.lax.while_loop(lambda p: (p.chosen < end) & ~p.done.all(), body, progress)
