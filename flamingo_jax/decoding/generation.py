@@ -113,8 +113,8 @@ def resume(
     """`generate` from a cache and the logits of the next token, such as `read_prompts` or `extend` gave.
 
     Returns what was said, and the cache of all of it but the newest token of each row, after which rows that ended
-    early have padding; read those tokens first to go on (`extend`, which says when padding matters). Of the cache that is given,
-    the memory of the text's keys and values is taken over; it needs room for max_new_tokens - 1.
+    early have padding; read those tokens first to go on (`extend`, which says when padding matters). Of the cache that
+    is given, the memory of the text's keys and values is taken over; it needs room for max_new_tokens - 1.
     """
     sampling = _check_options(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, key=key, stop_ids=stop_ids,
