@@ -12,6 +12,7 @@ from test_flamingo_interop import idefics_batch
 
 from clip_jax.errors import ConfigError
 from flamingo_jax import decoding
+from flamingo_jax.decoding.generation import check_batch
 from flamingo_jax.decoding.sampling import Sampling, log_probability
 from flamingo_jax.interop.idefics import read_idefics
 from flamingo_jax.models.flamingo import Flamingo
@@ -72,6 +73,18 @@ def test_a_cache_goes_on_where_it_was_left(
     np.testing.assert_array_equal(more.tokens[:, :7], said[:, 3:])
     with pytest.raises(ConfigError, match="7 more tokens: the cache has 24 slots, of which 18 are taken"):
         decoding.extend(*model_and_variables, three, said[:, :7], np.ones((3, 7), bool))
+
+
+def test_cached_features_are_decoded(model_and_variables: tuple[Flamingo, Any], batch: Batch) -> None:
+    """transformers' logits, from what the tower made of the images."""
+    model, variables = model_and_variables
+    features = jax.jit(partial(model.apply, method="look"))(variables, batch["media"])
+    cached = {key: value for key, value in batch.items() if key != "media"} | {"features": features}
+    check_batch(model, cached)
+    logits, _ = decoding.read_prompts(model, variables, cached, room=0)
+    assert_close(logits, np.load(ORACLES / CASE / "expected.npz")["logits"][:, -1])
+    with pytest.raises(ConfigError, match=r"frame_mask has shape \[3, 3, 1\]; .* and features \[3, 2, 1, .*need"):
+        check_batch(model, cached | {"features": features[:, :2], "media_mask": batch["media_mask"][..., :2]})
 
 
 def test_a_second_turn_brings_an_image_and_its_own_padding(

@@ -64,7 +64,7 @@ def prefill(model: Flamingo, variables: Variables, batch: Batch, room: int) -> t
     text_mask = batch["text_mask"].astype(bool)
     media_mask = model.image_mask(batch["media_mask"].astype(bool), batch["frame_mask"].astype(bool))
     P = text_mask.shape[1]
-    media = _look(model, variables, batch["media"], batch["frame_mask"])
+    media = _look(model, variables, batch)
     x = model.apply(variables, batch["text"], method="embed")
     x, text = model.apply(
         variables, x, positions(text_mask), causal_mask(text_mask), media, media_mask, None, 0, P + room,
@@ -155,7 +155,7 @@ def add_media(
     frame_mask_BxTxF: Array | np.ndarray,
 ) -> Cache:
     """The cache with more images after those that it has, which no token attends yet: the next turn of a chat."""
-    more = _look(model, variables, media_BxTxFxSxSx3, frame_mask_BxTxF)
+    more = _look(model, variables, {"media": media_BxTxFxSxSx3, "frame_mask": frame_mask_BxTxF})
     joined = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=2), cache.media, more)
     T, F = frame_mask_BxTxF.shape[1:]
     unseen = ((0, 0), (0, T if model.resampler.has_latents else T * F))
@@ -186,8 +186,8 @@ def reorder(cache: Cache, row_BxN: Array) -> Cache:
     return _place(cache._replace(text=jax.tree.map(take, cache.text)))
 
 
-def _look(model: Flamingo, variables: Variables, media: Any, frame_mask: Any) -> tuple[KeyValue, ...]:
-    tokens = model.apply(variables, media, frame_mask, method="see")
+def _look(model: Flamingo, variables: Variables, batch: Batch) -> tuple[KeyValue, ...]:
+    tokens = model.apply(variables, batch, method="see")
     return model.apply(variables, tokens, method="keys_values")
 
 

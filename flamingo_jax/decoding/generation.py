@@ -170,13 +170,14 @@ def check_batch(model: Flamingo, batch: Batch) -> None:
     """Raises ConfigError for prompts that do not fit together or the model, or end in padding (outside jit only)."""
     V = model.language_model.vocab_size + model.extra_tokens
     B, P = batch["text"].shape
-    T, F = batch["media"].shape[1:3]
+    images = "features" if "features" in batch else "media"
+    T, F = batch[images].shape[1:3]
     expected = {"text_mask": (B, P), "media_mask": (B, P, T), "frame_mask": (B, T, F)}
     for name, shape in expected.items():
         if batch[name].shape != shape:
             raise ConfigError(
-                f"{name} has shape {list(batch[name].shape)}; text {[B, P]} and media "
-                f"{list(batch['media'].shape)} need {list(shape)}"
+                f"{name} has shape {list(batch[name].shape)}; text {[B, P]} and {images} "
+                f"{list(batch[images].shape)} need {list(shape)}"
             )
     text, mask = batch["text"], batch["text_mask"]
     if isinstance(text, np.ndarray) and isinstance(mask, np.ndarray):
