@@ -6,7 +6,7 @@ Dimensions: B prompts of L tokens, T images, N continuations.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -69,9 +69,11 @@ class Speaker:
 
         Raises ConfigError where the model has no positions for them and an answer.
         """
-        loaded = self.loaded
+        loaded, spec, new = self.loaded, self.loaded.model.language_model.spec, self.manner.max_new_tokens
         shape = shape_of(prompts, loaded.tokenizer, loaded.preprocess.image_size, multiple, images)
-        self.check_length(shape.tokens + self.manner.max_new_tokens)
+        if spec.positions == "learned" and shape.tokens + new > spec.max_positions:
+            self.check_length(max(len(prompt.ids(loaded.tokenizer)) for prompt in prompts) + new)
+            shape = replace(shape, tokens=spec.max_positions - new)  # rounded up no further than it has room for
         return shape
 
     def check_length(self, tokens: int) -> None:
@@ -124,8 +126,8 @@ class Speaker:
         for text, ids in zip(texts, whole, strict=True):
             if len(ids) == same:
                 raise ConfigError(f"the text {text!r}: empty; something to score expected")
-        shape = self.shape([prompt], multiple=1)
         self.check_length(max(map(len, whole)))
+        shape = shape_of([prompt], tokenizer, self.loaded.preprocess.image_size, tokens=1)
         batch = self._batch([prompt], shape)
         for name in ("text", "text_mask", "media_mask"):
             batch[name] = batch[name][:, : same - len(asked) or None]

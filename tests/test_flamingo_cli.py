@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import flamingo_models
 import jax
@@ -16,12 +18,18 @@ from runs import write_run
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from clip_jax import sharding
+from clip_jax.data.preprocess import Preprocess
+from clip_jax.errors import ConfigError
 from clip_jax.interop.tensors import read_tensors
 from configs.flamingo import quickstart
 from flamingo_jax.chat import images_in
 from flamingo_jax.cli import main
+from flamingo_jax.data.conventions import Convention
+from flamingo_jax.data.prompts import begin
+from flamingo_jax.data.tokenizer import open_tokenizer
 from flamingo_jax.loading import Loaded, load
-from flamingo_jax.speaker import settled
+from flamingo_jax.models.language_model import DecoderSpec
+from flamingo_jax.speaker import Manner, Speaker, settled
 from flamingo_jax.training.flamingo_task import FlamingoTask
 
 COLOURS = ["red", "lime", "blue", "white"]
@@ -184,6 +192,26 @@ def test_what_is_said_aloud_stays() -> None:
     stop = ("\nUser:",)
     assert settled("A cat.\nUs", stop) == settled("A cat.\n", stop) == settled("A cat.\nUser: no", stop) == "A cat."
     assert settled(" A c\N{REPLACEMENT CHARACTER}", stop) == "A c" and settled("A\nUFO", stop) == "A\nUFO"
+
+
+def test_a_prompt_that_fits_is_not_rounded_up_beyond_the_models_positions() -> None:
+    tokenizer = open_tokenizer("wordnet/tokenizer.json")
+    spec = DecoderSpec(
+        vocab_size=9, width=8, layers=1, heads=1, kv_heads=1, mlp_width=8, positions="learned", max_positions=50
+    )
+    speaker: Any = object.__new__(Speaker)
+    speaker.loaded = SimpleNamespace(
+        model=SimpleNamespace(language_model=SimpleNamespace(spec=spec)), preprocess=Preprocess(8), tokenizer=tokenizer
+    )
+    prompt = begin(Convention("flamingo", (5,), tokenizer.vocab_size, tokenizer.bos_id)).text("a " * 30)
+    count = len(prompt.ids(tokenizer))
+    assert 30 <= count < 40
+    speaker.manner = Manner(max_new_tokens=10)
+    assert speaker.shape([prompt], multiple=128).tokens == 40  # of 128
+    assert speaker.shape([prompt], multiple=1).tokens == count
+    speaker.manner = Manner(max_new_tokens=51 - count)
+    with pytest.raises(ConfigError, match="51 tokens, the answer's included; the model has 50 positions"):
+        speaker.shape([prompt])
 
 
 def test_weights_come_in_and_go_out(idefics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
