@@ -243,7 +243,7 @@ def test_an_open_flamingo_is_named_by_its_three_parts(
     assert json.loads(printed.out) == [
         {"image": path, "caption": text} for path, text in zip(images, expected, strict=True)
     ]
-    with pytest.raises(SystemExit, match=r"error: 10015 tokens, the answer's included; the model has \d+ positions"):
+    with pytest.raises(SystemExit, match=r"error: 100\d\d tokens, the answer's included; the model has \d+ positions"):
         main(["caption", "--model", spec, *options, images[0], "--max-new-tokens", "9999"])
 
 
