@@ -19,6 +19,7 @@ from clip_jax.errors import ConfigError
 from flamingo_jax import decoding
 from flamingo_jax.data.documents import Shape
 from flamingo_jax.data.prompts import Prompt, begin, encode_prompts, shape_of
+from flamingo_jax.decoding.scoring import shared
 from flamingo_jax.loading import Loaded
 
 
@@ -122,7 +123,7 @@ class Speaker:
         tokenizer = self.loaded.tokenizer
         asked = prompt.ids(tokenizer)
         whole = [prompt.answered(text).ids(tokenizer) for text in texts]
-        same = min(_shared(asked, ids) for ids in whole)
+        same = min(shared(asked, ids) for ids in whole)
         for text, ids in zip(texts, whole, strict=True):
             if len(ids) == same:
                 raise ConfigError(f"the text {text!r}: empty; something to score expected")
@@ -172,8 +173,3 @@ def settled(text: str, stop: Sequence[str]) -> str:
     text = decoding.truncate(text, stop)
     begun = max((k for s in stop for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
     return text[: len(text) - begun].rstrip("\N{REPLACEMENT CHARACTER}").strip()
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids they begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -17,7 +17,7 @@ from clip_jax.data.pipeline import Element
 from clip_jax.data.preprocess import Preprocess
 from clip_jax.errors import ConfigError, RecordError
 from flamingo_jax.data.conventions import SPECIAL_TOKENS, Convention
-from flamingo_jax.data.documents import END, IMAGE_TAG, Document, EndOfChunk, Media, Part, Shape, Text
+from flamingo_jax.data.documents import END, IMAGE_TAG, Document, EndOfChunk, Media, Part, Shape, Text, stack_frames
 from flamingo_jax.data.tokenizer import TextTokenizer
 from flamingo_jax.data.video import VIDEO_SUFFIXES, read_frames
 
@@ -286,18 +286,16 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: TextTokenizer, shape: S
 
     Raises RecordError for a prompt of more images, frames or tokens than `shape` has room for.
     """
-    B, T, F, S, L = len(prompts), shape.images, shape.frames, shape.image_size, shape.tokens
+    B, T, S, L = len(prompts), shape.images, shape.image_size, shape.tokens
     convention = prompts[0].convention
-    media, frame_mask = np.zeros((B, T, F, S, S, 3), np.uint8), np.zeros((B, T, F), bool)
     text, text_mask = np.full((B, L), convention.pad_id, np.int32), np.zeros((B, L), bool)
+    seen = []
     for i, prompt in enumerate(prompts):
-        ids, seen = prompt.ids(tokenizer), prompt.media
-        if len(ids) > L or len(seen) > T:
-            raise RecordError(f"prompt {i}: {len(ids)} tokens and {len(seen)} images; at most {L} and {T} expected")
+        ids, frames = prompt.ids(tokenizer), [media.frames for media in prompt.media]
+        if len(ids) > L or len(frames) > T:
+            raise RecordError(f"prompt {i}: {len(ids)} tokens and {len(frames)} images; at most {L} and {T} expected")
         text[i, L - len(ids) :], text_mask[i, L - len(ids) :] = ids, True
-        for t, one in enumerate(seen):
-            if len(one.frames) > F or one.frames.shape[1:] != (S, S, 3):
-                raise RecordError(f"prompt {i}: frames {one.frames.shape}; at most {(F, S, S, 3)} expected")
-            media[i, t, : len(one.frames)], frame_mask[i, t, : len(one.frames)] = one.frames, True
+        seen.append(stack_frames(frames, shape, (S, S, 3), np.uint8, key=f"prompt {i}"))
+    media, frame_mask = map(np.stack, zip(*seen, strict=True))
     media_mask = convention.media_mask(text, text_mask, T)
     return dict(media=media, frame_mask=frame_mask, text=text, text_mask=text_mask, media_mask=media_mask)
