@@ -46,9 +46,15 @@ def is_folder(text: str | Path) -> bool:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises DataError where it is missing, empty or no UTF-8."""
+    return [line for _, line in numbered_lines(path)]
+
+
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The same with their numbers, from 1, which count blank lines as an editor does."""
     try:
         # Not `splitlines`, which also ends a line at U+2028 and the like, as they may stand in JSON's texts.
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        every = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+        lines = [(number, line) for number, line in every if line.strip()]
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

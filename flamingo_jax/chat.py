@@ -68,7 +68,7 @@ class Chat:
         shape = self._speaker.shape([asked], multiple=128, images=4)
         answer = self._speaker.say_aloud(asked, shape, self._write)
         self._write("\n")
-        self.history, self._shown = asked.reply(answer), []
+        self.history, self._shown = asked.said(answer), []
 
 
 def images_in(line: str) -> tuple[str, list[str]]:

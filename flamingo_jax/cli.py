@@ -22,7 +22,7 @@ from typing import Any
 
 from clip_jax.command_line import Parser, positive, report_rejected, run
 from clip_jax.errors import ConfigError, DataError, RecordError
-from clip_jax.files import is_file, read_lines
+from clip_jax.files import is_file, numbered_lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -297,7 +297,7 @@ def read_shots(path: Path | None, question: str | None) -> list[dict[str, Any]]:
     if path is None:
         return []
     keys, shots = {"image", "text"} if question is None else {"image", "question", "answer"}, []
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in numbered_lines(path):
         try:
             shot = json.loads(line)
         except ValueError as error:

@@ -23,6 +23,7 @@ from flamingo_jax.data.batches import make_batch
 from flamingo_jax.data.conventions import Convention, open_convention
 from flamingo_jax.data.tokenizer import BOS, TextTokenizer, open_tokenizer
 from flamingo_jax.decoding import generate
+from flamingo_jax.decoding.generation import sharding_rules
 from flamingo_jax.interop import published
 from flamingo_jax.interop.imported import initial_variables
 from flamingo_jax.models.flamingo import Flamingo
@@ -57,7 +58,8 @@ class Loaded:
     @cached_property
     def logits(self) -> Callable[[Mapping[str, Any], Batch], jax.Array]:
         """(params, batch) → the next token's logits at every place, [B, L, V + extra tokens]. Pure and jitted."""
-        return jax.jit(self.model.apply)
+        apply = jax.jit(lambda rules, params, batch: self.model.apply(params, batch), static_argnums=0)
+        return lambda params, batch: apply(sharding_rules(), params, batch)
 
     def generate(
         self, params: Mapping[str, Any], batch: Batch, *, max_new_tokens: int = 20, num_beams: int = 1, **options: Any
@@ -207,6 +209,8 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], given: str | Path | None
     """The one given, else the one in the checkpoint or in its workdir, else the one that the run's config names."""
     data = metadata["config"]["data"]
     name = data["tokenizer"]
+    if given and Path(given).is_dir():
+        given = Path(given) / published.TOKENIZER
     places = [given] if given else [path / name, path.parent.parent / name, name]
     found = next((place for place in places[:-1] if Path(place).is_file()), places[-1])
     try:

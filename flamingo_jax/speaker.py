@@ -6,7 +6,7 @@ Dimensions: B prompts of L tokens, T images, N continuations.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from clip_jax.errors import ConfigError
 from flamingo_jax import decoding
 from flamingo_jax.data.documents import Shape
 from flamingo_jax.data.prompts import Prompt, begin, encode_prompts, shape_of
+from flamingo_jax.decoding.scoring import shared
 from flamingo_jax.loading import Loaded
 
 
@@ -69,9 +70,11 @@ class Speaker:
 
         Raises ConfigError where the model has no positions for them and an answer.
         """
-        loaded = self.loaded
+        loaded, spec, new = self.loaded, self.loaded.model.language_model.spec, self.manner.max_new_tokens
         shape = shape_of(prompts, loaded.tokenizer, loaded.preprocess.image_size, multiple, images)
-        self.check_length(shape.tokens + self.manner.max_new_tokens)
+        if spec.positions == "learned" and shape.tokens + new > spec.max_positions:
+            self.check_length(max(len(prompt.ids(loaded.tokenizer)) for prompt in prompts) + new)
+            shape = replace(shape, tokens=spec.max_positions - new)  # rounded up no further than it has room for
         return shape
 
     def check_length(self, tokens: int) -> None:
@@ -120,12 +123,12 @@ class Speaker:
         tokenizer = self.loaded.tokenizer
         asked = prompt.ids(tokenizer)
         whole = [prompt.answered(text).ids(tokenizer) for text in texts]
-        same = min(_shared(asked, ids) for ids in whole)
+        same = min(shared(asked, ids) for ids in whole)
         for text, ids in zip(texts, whole, strict=True):
             if len(ids) == same:
                 raise ConfigError(f"the text {text!r}: empty; something to score expected")
-        shape = self.shape([prompt], multiple=1)
         self.check_length(max(map(len, whole)))
+        shape = shape_of([prompt], tokenizer, self.loaded.preprocess.image_size, tokens=1)
         batch = self._batch([prompt], shape)
         for name in ("text", "text_mask", "media_mask"):
             batch[name] = batch[name][:, : same - len(asked) or None]
@@ -170,8 +173,3 @@ def settled(text: str, stop: Sequence[str]) -> str:
     text = decoding.truncate(text, stop)
     begun = max((k for s in stop for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
     return text[: len(text) - begun].rstrip("\N{REPLACEMENT CHARACTER}").strip()
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids they begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -12,6 +12,7 @@ from scipy.io import savemat
 
 from clip_jax.errors import ConfigError, DataError, UserError
 from clip_jax.evaluation.prompts import imagenet_classes
+from flamingo_jax.cli import read_shots
 from flamingo_jax.evaluation.benchmarks import open_benchmark
 
 
@@ -324,6 +325,24 @@ def test_own_files_are_refused_by_line(lines: list[Any], line: str, tmp_path: Pa
     write_lines(tmp_path / "x.jsonl", lines)
     with pytest.raises(DataError, match=line):
         open_benchmark(f"json:{tmp_path}/x.jsonl")
+
+
+def test_lines_are_numbered_as_an_editor_does(tmp_path: Path) -> None:
+    """Blank ones count, too."""
+    picture(tmp_path / "a.png")
+    good = [json.dumps({"image": "a.png", "label": label}) for label in "xy"]
+    (tmp_path / "x.jsonl").write_text("\n".join(["", good[0], " ", good[1], ""]))
+    assert [record.key for record in open_benchmark(f"json:{tmp_path}/x.jsonl").records] == ["line 2", "line 4"]
+    (tmp_path / "x.jsonl").write_text("\n".join([good[0], "", good[1], "junk"]))
+    with pytest.raises(DataError, match="x.jsonl: line 4: not JSON"):
+        open_benchmark(f"json:{tmp_path}/x.jsonl")
+    shot = json.dumps({"image": "a.png", "text": "a"})
+    (tmp_path / "shots.jsonl").write_text(f"\n{shot}\n\n{{}}\n")
+    with pytest.raises(DataError, match="shots.jsonl: line 4: expected an object"):
+        read_shots(tmp_path / "shots.jsonl", None)
+    (tmp_path / "results_20130124.token").write_text("a.png#0\tx\n\njunk\n")
+    with pytest.raises(DataError, match="token: line 3: 'junk'"):
+        open_benchmark(f"flickr30k:{tmp_path},all")
 
 
 @pytest.mark.parametrize(

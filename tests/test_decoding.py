@@ -12,6 +12,7 @@ from test_flamingo_interop import idefics_batch
 
 from clip_jax.errors import ConfigError
 from flamingo_jax import decoding
+from flamingo_jax.decoding.generation import check_batch
 from flamingo_jax.decoding.sampling import Sampling, log_probability
 from flamingo_jax.interop.idefics import read_idefics
 from flamingo_jax.models.flamingo import Flamingo
@@ -72,6 +73,18 @@ def test_a_cache_goes_on_where_it_was_left(
     np.testing.assert_array_equal(more.tokens[:, :7], said[:, 3:])
     with pytest.raises(ConfigError, match="7 more tokens: the cache has 24 slots, of which 18 are taken"):
         decoding.extend(*model_and_variables, three, said[:, :7], np.ones((3, 7), bool))
+
+
+def test_cached_features_are_decoded(model_and_variables: tuple[Flamingo, Any], batch: Batch) -> None:
+    """transformers' logits, from what the tower made of the images."""
+    model, variables = model_and_variables
+    features = jax.jit(partial(model.apply, method="look"))(variables, batch["media"])
+    cached = {key: value for key, value in batch.items() if key != "media"} | {"features": features}
+    check_batch(model, cached)
+    logits, _ = decoding.read_prompts(model, variables, cached, room=0)
+    assert_close(logits, np.load(ORACLES / CASE / "expected.npz")["logits"][:, -1])
+    with pytest.raises(ConfigError, match=r"frame_mask has shape \[3, 3, 1\]; .* and features \[3, 2, 1, .*need"):
+        check_batch(model, cached | {"features": features[:, :2], "media_mask": batch["media_mask"][..., :2]})
 
 
 def test_a_second_turn_brings_an_image_and_its_own_padding(
@@ -199,6 +212,30 @@ def test_a_stop_string_ends_a_row(generate: Any, batch: Batch, said: np.ndarray)
         assert decoding.truncate(text, inside) != text and decoding.truncate(shorter, inside) == shorter
     assert len(came) == max(found.lengths) < NEW  # nothing is computed after the last row's end
     assert decoding.truncate("one\ntwo; three", (";", "\n")) == "one"
+
+
+def test_rows_that_ended_at_different_places_go_on(
+    model_and_variables: tuple[Flamingo, Any], batch: Batch, said: np.ndarray
+) -> None:
+    """The whole model's logits of each row's prompt and what was said, at its last token."""
+    model, variables = model_and_variables
+    logits, cache = decoding.read_prompts(model, variables, batch, room=NEW - 1)
+    inside = [spell(row[k : k + 2])[1:3] for row, k in zip(said, (1, 4, 2), strict=True)]
+    found, cache = decoding.resume(
+        model, variables, logits, cache, max_new_tokens=NEW, stop_strings=inside, decode=spell
+    )
+    lengths, tokens = np.asarray(found.lengths), np.asarray(found.tokens)
+    assert len({*lengths.tolist()}) > 1 and lengths.max() < NEW
+    np.testing.assert_array_equal(cache.length, batch["text_mask"].sum(axis=1) + lengths - 1)
+    rows = np.arange(3)
+    got, _ = jax.jit(partial(decoding.step, model))(variables, cache, tokens[rows, lengths - 1])
+    joined = {
+        "text": np.concatenate([batch["text"], tokens], axis=1),
+        "text_mask": np.concatenate([batch["text_mask"], np.arange(NEW) < lengths[:, None]], axis=1),
+        "media_mask": np.concatenate([batch["media_mask"], np.repeat(batch["media_mask"][:, -1:], NEW, 1)], axis=1),
+    }
+    whole = jax.jit(model.apply)(read_idefics(ORACLES / CASE).variables, batch | joined)
+    assert_close(got, np.asarray(whole)[rows, batch["text"].shape[1] + lengths - 1])
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,23 @@
 """The few-shot evaluation: who keeps which images, how figures come together, and a model that really looks."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tqdm import tqdm
 
+from clip_jax import sharding
 from clip_jax.data.sources import open_source
+from clip_jax.evaluation.encoder import nothing
 from clip_jax.losses.next_token import next_token_losses
-from flamingo_jax.data.documents import Media, length
+from flamingo_jax.data.documents import Document, Media, Shape, Text, length
 from flamingo_jax.data.prompts import Shot
 from flamingo_jax.data.tokenizer import TextTokenizer, open_tokenizer
 from flamingo_jax.evaluation import few_shot
-from flamingo_jax.evaluation.few_shot import Pictures, Prompts, caption_scores, spread, with_images
+from flamingo_jax.evaluation.few_shot import Pictures, Prompts, Responder, caption_scores, spread, with_images
 
 SIZE = 16
 
@@ -115,3 +119,24 @@ def test_losses_of_a_language_model_by_hand() -> None:
     p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     expected = [[-np.log(p[b, t, text[b, t + 1]]) for t in range(4)] for b in range(2)]
     np.testing.assert_allclose(next_token_losses(jnp.float32(logits), jnp.asarray(text)), expected, rtol=1e-5)
+
+
+def test_answers_are_generated_from_each_blocks_own_parameters(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not from stacked ones, of which every call would copy all blocks."""
+    said = tokenizer.encode("a dog")
+
+    def generate(model: Any, variables: Any, batch: Any, *, max_new_tokens: int, stop_ids: Any) -> Any:
+        blocks = variables["params"]["language_model"]["blocks"]
+        assert [block["w"].shape for block in blocks] == [(3,), (3,)]
+        rows = jnp.broadcast_to(jnp.array([*said, stop_ids[0]]), (len(batch["text"]), len(said) + 1))
+        return SimpleNamespace(tokens=rows + blocks[1]["w"].sum().astype(int))
+
+    monkeypatch.setattr(few_shot, "generate", generate)
+    task = SimpleNamespace(model=None, end_id=tokenizer.vocab_size, tokenizer=tokenizer, inputs=lambda batch: batch)
+    variables = {"params": {"language_model": {"blocks": {"w": jnp.zeros((2, 3))}}}}
+    mesh = sharding.make_mesh()
+    fixed: Any = (task, variables, mesh, mesh.size)
+    responder = Responder(*fixed, len(said) + 1, tqdm(disable=True), nothing)
+    assert responder.answers([Document([Text("what?")])], Shape(1, 1, 8, 16)) == ["a dog"]

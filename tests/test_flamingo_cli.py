@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import flamingo_models
 import jax
@@ -16,12 +18,18 @@ from runs import write_run
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from clip_jax import sharding
+from clip_jax.data.preprocess import Preprocess
+from clip_jax.errors import ConfigError
 from clip_jax.interop.tensors import read_tensors
 from configs.flamingo import quickstart
 from flamingo_jax.chat import images_in
 from flamingo_jax.cli import main
+from flamingo_jax.data.conventions import Convention
+from flamingo_jax.data.prompts import begin
+from flamingo_jax.data.tokenizer import open_tokenizer
 from flamingo_jax.loading import Loaded, load
-from flamingo_jax.speaker import settled
+from flamingo_jax.models.language_model import DecoderSpec
+from flamingo_jax.speaker import Manner, Speaker, settled
 from flamingo_jax.training.flamingo_task import FlamingoTask
 
 COLOURS = ["red", "lime", "blue", "white"]
@@ -186,6 +194,26 @@ def test_what_is_said_aloud_stays() -> None:
     assert settled(" A c\N{REPLACEMENT CHARACTER}", stop) == "A c" and settled("A\nUFO", stop) == "A\nUFO"
 
 
+def test_a_prompt_that_fits_is_not_rounded_up_beyond_the_models_positions() -> None:
+    tokenizer = open_tokenizer("wordnet/tokenizer.json")
+    spec = DecoderSpec(
+        vocab_size=9, width=8, layers=1, heads=1, kv_heads=1, mlp_width=8, positions="learned", max_positions=50
+    )
+    speaker: Any = object.__new__(Speaker)
+    speaker.loaded = SimpleNamespace(
+        model=SimpleNamespace(language_model=SimpleNamespace(spec=spec)), preprocess=Preprocess(8), tokenizer=tokenizer
+    )
+    prompt = begin(Convention("flamingo", (5,), tokenizer.vocab_size, tokenizer.bos_id)).text("a " * 30)
+    count = len(prompt.ids(tokenizer))
+    assert 30 <= count < 40
+    speaker.manner = Manner(max_new_tokens=10)
+    assert speaker.shape([prompt], multiple=128).tokens == 40  # of 128
+    assert speaker.shape([prompt], multiple=1).tokens == count
+    speaker.manner = Manner(max_new_tokens=51 - count)
+    with pytest.raises(ConfigError, match="51 tokens, the answer's included; the model has 50 positions"):
+        speaker.shape([prompt])
+
+
 def test_weights_come_in_and_go_out(idefics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec, workdir, out = f"idefics:{idefics}", tmp_path / "run", tmp_path / "out"
     printed = run(capsys, "import", spec, workdir)
@@ -215,7 +243,7 @@ def test_an_open_flamingo_is_named_by_its_three_parts(
     assert json.loads(printed.out) == [
         {"image": path, "caption": text} for path, text in zip(images, expected, strict=True)
     ]
-    with pytest.raises(SystemExit, match=r"error: 10015 tokens, the answer's included; the model has \d+ positions"):
+    with pytest.raises(SystemExit, match=r"error: 100\d\d tokens, the answer's included; the model has \d+ positions"):
         main(["caption", "--model", spec, *options, images[0], "--max-new-tokens", "9999"])
 
 

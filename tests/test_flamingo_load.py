@@ -2,8 +2,10 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -15,13 +17,15 @@ from test_flamingo_interop import assert_close
 from test_flamingo_interop import load as oracle
 
 import flamingo_jax
-from clip_jax.errors import CheckpointError, ConfigError, UserError
+from clip_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from clip_jax.interop import huggingface
 from clip_jax.interop import published as clip_published
 from clip_jax.interop.tensors import read_tensors
 from clip_jax.sharding import make_mesh, unbox
 from clip_jax.training import checkpoint
 from configs.flamingo import quickstart
+from flamingo_jax import loading
+from flamingo_jax.data.tokenizer import open_tokenizer
 from flamingo_jax.interop import commands, published
 from flamingo_jax.interop.imported import initial_variables
 from flamingo_jax.loading import Loaded
@@ -345,3 +349,31 @@ def test_the_package_alone_loads_nothing() -> None:
     assert flamingo_jax.__all__ == ["load"]
     with pytest.raises(AttributeError, match="no attribute 'save'"):
         _ = flamingo_jax.save
+
+
+def test_logits_are_compiled_anew_under_other_sharding_rules() -> None:
+    under: list[Any] = []
+
+    def apply(params: Any, batch: Any) -> Any:
+        under.append(nn.get_logical_axis_rules())
+        return params
+
+    nothing: Any = None
+    model: Any = SimpleNamespace(apply=apply)
+    one = Loaded(model, nothing, nothing, nothing, nothing, {}, nothing)
+    for rules in ((), (("batch", "data"),), ()):
+        with nn.logical_axis_rules(rules):
+            one.logits(1.0, {})  # type: ignore[arg-type]
+    assert under == [(), (("batch", "data"),)]
+
+
+def test_a_checkpoints_tokenizer_may_be_named_by_its_directory(tmp_path: Path) -> None:
+    given = open_tokenizer("wordnet/tokenizer.json")
+    given.save(tmp_path / "tokenizer.json")
+    metadata = {
+        "config": {"data": {"tokenizer": "nowhere.json"}}, "model": {"tokenizer": {"sha256": given.digest()}},
+    }  # fmt: skip
+    assert loading._tokenizer(Path("run"), metadata, tmp_path).digest() == given.digest()
+    with pytest.raises(DataError, match="none/tokenizer.json: not found.*; pass tokenizer=PATH"):
+        (tmp_path / "none").mkdir()
+        loading._tokenizer(Path("run"), metadata, tmp_path / "none")

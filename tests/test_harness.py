@@ -1,7 +1,9 @@
 """The few-shot harness: which shots, which images, which figures; with models that need no computation."""
 
 import json
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -302,3 +304,36 @@ def test_a_stopped_evaluation_goes_on_and_another_is_refused(tmp_path: Path, mon
     assert evaluate_to(again, tmp_path / "parts") == whole and not done
     with pytest.raises(ConfigError, match="was made with settings"):
         evaluate_to(evaluation("vqa", shots=(0, 4)), tmp_path / "parts")
+
+
+def test_where_the_first_process_may_not_begin_no_other_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, played by threads; the second one sees none of the first one's files."""
+    index, given = threading.local(), [np.zeros(0), np.zeros(0)]
+    together = threading.Barrier(2, timeout=20)
+
+    def gather(mine: Any, tiled: bool = False) -> np.ndarray:
+        given[index.value] = np.asarray(mine)
+        together.wait()
+        found = np.stack(given)
+        together.wait()
+        return found
+
+    monkeypatch.setattr("jax.process_index", lambda: index.value)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gather)
+    (tmp_path / "0" / "results.json.parts").mkdir(parents=True)
+    plan = tmp_path / "0" / "results.json.parts" / "plan.json"
+
+    def process(i: int) -> str:
+        index.value = i
+        with pytest.raises(ConfigError) as error:
+            evaluate_to(evaluation("vqa"), tmp_path / str(i))
+        return str(error.value)
+
+    for text, message in (('{"model": 1}', "was made with benchmark null, not "), ("{", "JSONDecodeError")):
+        plan.write_text(text)
+        with ThreadPoolExecutor(2) as pool:
+            first, second = pool.map(process, range(2))
+        assert message in first and first == second

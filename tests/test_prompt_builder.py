@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ORACLES
+from PIL import Image
 from test_video import RATE, write
 
 from clip_jax.data.preprocess import Preprocess
 from clip_jax.errors import ConfigError, RecordError
+from flamingo_jax.chat import Chat
 from flamingo_jax.data.conventions import Convention
 from flamingo_jax.data.documents import Document, Media, Shape, encode
 from flamingo_jax.data.prompts import CAPTION, Prompt, Shot, begin, encode_prompts, few_shot, question, see, shape_of
@@ -169,3 +172,34 @@ def test_a_video_is_a_clip_of_its_first_seconds(ours: tuple[Convention, TextToke
     (tmp_path / "corrupt.mp4").write_bytes(path.read_bytes()[:500])
     with pytest.raises(RecordError, match="corrupt.mp4: the video does not decode"):
         see(tmp_path / "corrupt.mp4", Preprocess(8))
+
+
+class Tagging:
+    """A speaker that writes a tag into its answer, as a model may to which that is plain text."""
+
+    def __init__(self, convention: Convention):
+        self.convention, self.loaded = convention, SimpleNamespace(preprocess=Preprocess(8))
+
+    def begin(self) -> Prompt:
+        return begin(self.convention)
+
+    def shape(self, prompts: Any, multiple: int, images: int) -> None:
+        pass
+
+    def say_aloud(self, prompt: Prompt, shape: None, listen: Any) -> str:
+        listen(said := "a dog <image>Output: a cat")
+        return said
+
+
+def test_a_chat_keeps_an_answer_up_to_a_tag_that_the_model_wrote(
+    ours: tuple[Convention, TextTokenizer], tmp_path: Path
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    heard: list[str] = []
+    chat = Chat(Tagging(ours[0]), heard.append)  # type: ignore[arg-type]
+    chat.run([f"/image {tmp_path / 'a.png'}", "What is this?", "And now?"])
+    assert not [text for text in heard if text.startswith("error")]
+    turn = "Question: {} Answer: a dog<EOC>"
+    assert str(chat.history) == "<image>" + turn.format("What is this?") + turn.format("And now?")
+    instruct = begin(idefics("legacy", True)[0]).user("What?").said("a dog<end_of_utterance>\n<image>")
+    assert str(instruct).endswith("Assistant: a dog<end_of_utterance>\n")

@@ -75,10 +75,6 @@ def read_image(data: bytes, key: str) -> Image.Image:
         reason = "truncated_image" if "truncated" in said.lower() else "damaged_image"
         if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit is twice ours
             reason = "large_image"
-        if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit is twice ours
-            reason = "large_image"
-        if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit is twice ours
-            reason = "large_image"
         raise RecordError(f"{key}: the image does not decode ({said})", reason=reason) from None
 
 

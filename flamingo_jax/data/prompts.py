@@ -4,6 +4,7 @@ Sources: arXiv 2204.14198, appendix C.2; open_flamingo, eval/models (`get_captio
 transformers, models/idefics/processing_idefics.py; the templates of IDEFICS's own evaluation and its model card.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from clip_jax.data.pipeline import Element
 from clip_jax.data.preprocess import Preprocess
 from clip_jax.errors import ConfigError, RecordError
 from flamingo_jax.data.conventions import SPECIAL_TOKENS, Convention
-from flamingo_jax.data.documents import END, IMAGE_TAG, Document, EndOfChunk, Media, Part, Shape, Text
+from flamingo_jax.data.documents import END, IMAGE_TAG, Document, EndOfChunk, Media, Part, Shape, Text, stack_frames
 from flamingo_jax.data.tokenizer import TextTokenizer
 from flamingo_jax.data.video import VIDEO_SUFFIXES, read_frames
 
@@ -164,6 +165,14 @@ class Prompt:
         """With the whole answer, and its end."""
         return self.answered(text)._with(END)
 
+    def said(self, text: str) -> "Prompt":
+        """`reply` of what a model said, up to where it writes a tag itself."""
+        return self.reply(before_tags(text, self._tags))
+
+    @property
+    def _tags(self) -> list[str]:
+        return sorted({IMAGE_TAG, *SPECIAL_TOKENS[self.convention.family].values()})
+
     def __str__(self) -> str:
         text, around = "", self.grammar.around
         for part in self.parts:
@@ -212,10 +221,15 @@ class Prompt:
         return replace(self, parts=(*self.parts, *parts))
 
     def _typed(self, text: str) -> str:
-        for tag in {IMAGE_TAG, *SPECIAL_TOKENS[self.convention.family].values()}:
+        for tag in self._tags:
             if tag in text:
                 raise ConfigError(f"the text {text[:60]!r} holds {tag}, which only the prompt itself may write")
         return text
+
+
+def before_tags(text: str, tags: Sequence[str] = (IMAGE_TAG,)) -> str:
+    """What counts of what a model said: where it writes a tag, which only a prompt may, it goes on with its own."""
+    return re.split("|".join(map(re.escape, tags)), text, maxsplit=1)[0]
 
 
 def begin(convention: Convention, caption: str | None = None, question: str | None = None) -> Prompt:
@@ -272,18 +286,16 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: TextTokenizer, shape: S
 
     Raises RecordError for a prompt of more images, frames or tokens than `shape` has room for.
     """
-    B, T, F, S, L = len(prompts), shape.images, shape.frames, shape.image_size, shape.tokens
+    B, T, S, L = len(prompts), shape.images, shape.image_size, shape.tokens
     convention = prompts[0].convention
-    media, frame_mask = np.zeros((B, T, F, S, S, 3), np.uint8), np.zeros((B, T, F), bool)
     text, text_mask = np.full((B, L), convention.pad_id, np.int32), np.zeros((B, L), bool)
+    seen = []
     for i, prompt in enumerate(prompts):
-        ids, seen = prompt.ids(tokenizer), prompt.media
-        if len(ids) > L or len(seen) > T:
-            raise RecordError(f"prompt {i}: {len(ids)} tokens and {len(seen)} images; at most {L} and {T} expected")
+        ids, frames = prompt.ids(tokenizer), [media.frames for media in prompt.media]
+        if len(ids) > L or len(frames) > T:
+            raise RecordError(f"prompt {i}: {len(ids)} tokens and {len(frames)} images; at most {L} and {T} expected")
         text[i, L - len(ids) :], text_mask[i, L - len(ids) :] = ids, True
-        for t, one in enumerate(seen):
-            if len(one.frames) > F or one.frames.shape[1:] != (S, S, 3):
-                raise RecordError(f"prompt {i}: frames {one.frames.shape}; at most {(F, S, S, 3)} expected")
-            media[i, t, : len(one.frames)], frame_mask[i, t, : len(one.frames)] = one.frames, True
+        seen.append(stack_frames(frames, shape, (S, S, 3), np.uint8, key=f"prompt {i}"))
+    media, frame_mask = map(np.stack, zip(*seen, strict=True))
     media_mask = convention.media_mask(text, text_mask, T)
     return dict(media=media, frame_mask=frame_mask, text=text, text_mask=text_mask, media_mask=media_mask)

@@ -64,7 +64,7 @@ def prefill(model: Flamingo, variables: Variables, batch: Batch, room: int) -> t
     text_mask = batch["text_mask"].astype(bool)
     media_mask = model.image_mask(batch["media_mask"].astype(bool), batch["frame_mask"].astype(bool))
     P = text_mask.shape[1]
-    media = _look(model, variables, batch["media"], batch["frame_mask"])
+    media = _look(model, variables, batch)
     x = model.apply(variables, batch["text"], method="embed")
     x, text = model.apply(
         variables, x, positions(text_mask), causal_mask(text_mask), media, media_mask, None, 0, P + room,
@@ -133,10 +133,17 @@ def check_room(cache: Cache, tokens: int) -> None:
         )
 
 
-def step(model: Flamingo, variables: Variables, cache: Cache, token_Q: Array | np.ndarray) -> tuple[Array, Cache]:
-    """Reads one more token of every row: (logits of the next one [Q, V + E], the longer cache)."""
+def step(
+    model: Flamingo, variables: Variables, cache: Cache, token_Q: Array | np.ndarray,
+    alive_Q: Array | np.ndarray | None = None,
+) -> tuple[Array, Cache]:  # fmt: skip
+    """Reads one more token of every row: (logits of the next one [Q, V + E], the longer cache).
+
+    Rows that are not `alive` read padding instead: their logits say nothing.
+    """
     text = token_Q[:, None]
-    logits, cache = extend(model, variables, cache, text, jnp.ones(text.shape, bool))
+    mask = jnp.ones(text.shape, bool) if alive_Q is None else jnp.asarray(alive_Q, bool)[:, None]
+    logits, cache = extend(model, variables, cache, text, mask)
     return logits[:, 0], cache
 
 
@@ -148,7 +155,7 @@ def add_media(
     frame_mask_BxTxF: Array | np.ndarray,
 ) -> Cache:
     """The cache with more images after those that it has, which no token attends yet: the next turn of a chat."""
-    more = _look(model, variables, media_BxTxFxSxSx3, frame_mask_BxTxF)
+    more = _look(model, variables, {"media": media_BxTxFxSxSx3, "frame_mask": frame_mask_BxTxF})
     joined = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=2), cache.media, more)
     T, F = frame_mask_BxTxF.shape[1:]
     unseen = ((0, 0), (0, T if model.resampler.has_latents else T * F))
@@ -179,8 +186,8 @@ def reorder(cache: Cache, row_BxN: Array) -> Cache:
     return _place(cache._replace(text=jax.tree.map(take, cache.text)))
 
 
-def _look(model: Flamingo, variables: Variables, media: Any, frame_mask: Any) -> tuple[KeyValue, ...]:
-    tokens = model.apply(variables, media, frame_mask, method="see")
+def _look(model: Flamingo, variables: Variables, batch: Batch) -> tuple[KeyValue, ...]:
+    tokens = model.apply(variables, batch, method="see")
     return model.apply(variables, tokens, method="keys_values")
 
 

@@ -34,7 +34,7 @@ class Generated(NamedTuple):
 class Progress(NamedTuple):
     """The loop's state."""
 
-    cache: Cache  # without the newest token; and without images, which no step changes
+    cache: Cache  # without each row's newest token; and without images, which no step changes
     tokens: Array  # [B, N] int32
     lengths: Array  # [B]
     scores: Array  # [B]
@@ -112,8 +112,9 @@ def resume(
 ) -> tuple[Generated, Cache]:
     """`generate` from a cache and the logits of the next token, such as `read_prompts` or `extend` gave.
 
-    Returns what was said, and the cache of all of it but the newest token of each row. Of the cache that is given,
-    the memory of the text's keys and values is taken over; it needs room for max_new_tokens - 1.
+    Returns what was said, and the cache of all of it but the newest token of each row, after which rows that ended
+    early have padding; read those tokens first to go on (`extend`, which says when padding matters). Of the cache that
+    is given, the memory of the text's keys and values is taken over; it needs room for max_new_tokens - 1.
     """
     sampling = _check_options(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, key=key, stop_ids=stop_ids,
@@ -169,13 +170,14 @@ def check_batch(model: Flamingo, batch: Batch) -> None:
     """Raises ConfigError for prompts that do not fit together or the model, or end in padding (outside jit only)."""
     V = model.language_model.vocab_size + model.extra_tokens
     B, P = batch["text"].shape
-    T, F = batch["media"].shape[1:3]
+    images = "features" if "features" in batch else "media"
+    T, F = batch[images].shape[1:3]
     expected = {"text_mask": (B, P), "media_mask": (B, P, T), "frame_mask": (B, T, F)}
     for name, shape in expected.items():
         if batch[name].shape != shape:
             raise ConfigError(
-                f"{name} has shape {list(batch[name].shape)}; text {[B, P]} and media "
-                f"{list(batch['media'].shape)} need {list(shape)}"
+                f"{name} has shape {list(batch[name].shape)}; text {[B, P]} and {images} "
+                f"{list(batch[images].shape)} need {list(shape)}"
             )
     text, mask = batch["text"], batch["text_mask"]
     if isinstance(text, np.ndarray) and isinstance(mask, np.ndarray):
@@ -235,7 +237,7 @@ def _advance(
 
     def body(progress: Progress) -> Progress:
         token = jnp.take(progress.tokens, progress.chosen - 1, axis=1)
-        logits, cache = step(model, variables, progress.cache._replace(media=media), token)
+        logits, cache = step(model, variables, progress.cache._replace(media=media), token, ~progress.done)
         return _record(progress._replace(cache=cache._replace(media=())), logits, stop_ids, sampling)
 
     return jax.lax.while_loop(lambda p: (p.chosen < end) & ~p.done.all(), body, progress)

@@ -30,6 +30,11 @@ def pad_continuations(continuations: Sequence[Sequence[int]]) -> tuple[np.ndarra
     return text, mask
 
 
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids they begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def score(
     model: Flamingo, variables: Any, batch: Batch, continuations: Array | np.ndarray, mask: Array | np.ndarray,
     *, at_once: int = 16,

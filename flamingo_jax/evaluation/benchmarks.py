@@ -14,7 +14,7 @@ from typing import Any
 from clip_jax.data.sources import IMAGE_SUFFIXES
 from clip_jax.errors import ConfigError, DataError
 from clip_jax.evaluation.prompts import imagenet_classes
-from clip_jax.files import read_lines
+from clip_jax.files import numbered_lines, read_lines
 
 CAPTIONING, VQA, CLASSIFICATION = "captioning", "vqa", "classification"
 
@@ -187,7 +187,7 @@ def read_flickr30k(root: Path, split: str) -> Benchmark:
         return _karpathy(root / "dataset_flickr30k.json", (split,), images, folders=False)
     path = root / "results_20130124.token"
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in numbered_lines(path):
         name, tab, caption = line.partition("\t")
         if not tab or "#" not in name:
             raise DataError(f"{path}: line {number}: {line[:40]!r}; expected NAME.jpg#0, a tab and a caption")
@@ -351,7 +351,7 @@ def _devkit(data: Path) -> tuple[list[str], list[str]]:
         raise DataError(f"{path}: not the devkit's meta.mat ({str(error).splitlines()[0]})") from None
     truth = data / "ILSVRC2012_validation_ground_truth.txt"
     found = []
-    for number, line in enumerate(read_lines(truth), 1):
+    for number, line in numbered_lines(truth):
         if not line.strip().isdecimal() or int(line) not in wnid:
             raise DataError(f"{truth}: line {number}: {line!r}; expected the number of a class")
         found.append(wnid[int(line)])
@@ -368,7 +368,7 @@ def read_json_lines(path: Path, split: str) -> Benchmark:
         raise ConfigError(f"json:{path},{split}: JSON lines have no splits; name another file")
     fields = {"captions": CAPTIONING, "answers": VQA, "label": CLASSIFICATION}
     found, kinds = [], list[str]()
-    for number, (where, item) in enumerate(_lines(path), 1):
+    for where, item in _lines(path):
         field = next((field for field in fields if isinstance(item, dict) and field in item), "")
         if not field:
             raise DataError(f"{where}: expected one of {', '.join(fields)}")
@@ -379,7 +379,7 @@ def read_json_lines(path: Path, split: str) -> Benchmark:
         targets = (str(_field(item, field, (str, int), where)),) if label else _texts(item, field, field[:-1], where)
         question = _field(item, "question", str, where) if kinds[-1] == VQA or "question" in item else ""
         image = path.parent / _field(item, "image", str, where)
-        found.append(Record(f"line {number}", image, targets, question))
+        found.append(Record(where.removeprefix(f"{path}: "), image, targets, question))
     kind = kinds[0]
     classes = tuple(sorted({r.targets[0] for r in found})) if kind == CLASSIFICATION else ()
     return Benchmark("", kind, found, classes)
@@ -387,7 +387,7 @@ def read_json_lines(path: Path, split: str) -> Benchmark:
 
 def _lines(path: Path) -> Iterable[tuple[str, Any]]:
     """(where it stands, object) of JSON lines."""
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in numbered_lines(path):
         try:
             yield f"{path}: line {number}", json.loads(line)
         except (ValueError, RecursionError):

@@ -23,7 +23,7 @@ from flamingo_jax.data.documents import Document, Media, Shape, encode, length
 from flamingo_jax.data.emoji import catalogue
 from flamingo_jax.data.prompts import CAPTION, Shot, few_shot, question
 from flamingo_jax.data.tokenizer import TextTokenizer
-from flamingo_jax.decoding import generate
+from flamingo_jax.decoding import generate, unstack
 from flamingo_jax.evaluation.captioning import cider
 from flamingo_jax.evaluation.statistics import bootstrap_interval
 from flamingo_jax.evaluation.vqa import exact_match
@@ -44,6 +44,7 @@ class Responder:
     answer_tokens: int
     bar: tqdm
     between: Callable[[], None]
+    _unstacked: PyTree = field(init=False, repr=False)
     _generate: Callable[[PyTree, Mapping[str, jax.Array]], jax.Array] = field(init=False, repr=False)
     _losses: Callable[..., jax.Array] = field(init=False, repr=False)
 
@@ -58,12 +59,13 @@ class Responder:
             each, mask = task.token_losses(variables, batch)
             return (each * mask).sum(axis=1) / mask.sum(axis=1)
 
+        object.__setattr__(self, "_unstacked", unstack(self.variables))
         object.__setattr__(self, "_generate", jax.jit(answers, out_shardings=everywhere))
         object.__setattr__(self, "_losses", jax.jit(losses, out_shardings=everywhere))
 
     def answers(self, prompts: Sequence[Document], shape: Shape) -> list[str]:
         """What is said after each prompt, up to the end of the chunk."""
-        ids = self._map(lambda v, batch: self._generate(v, batch), self.variables, prompts, shape, left=True)
+        ids = self._map(lambda v, batch: self._generate(v, batch), self._unstacked, prompts, shape, left=True)
         return [
             self.task.tokenizer.decode(row[: [*row, self.task.end_id].index(self.task.end_id)]).strip()
             for row in ids.tolist()

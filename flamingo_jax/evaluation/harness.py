@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clip_jax.errors import ConfigError
-from flamingo_jax.data.documents import IMAGE_TAG
-from flamingo_jax.data.prompts import CAPTION
+from flamingo_jax.data.prompts import CAPTION, before_tags
 from flamingo_jax.evaluation.benchmarks import CAPTIONING, CLASSIFICATION, VQA, Benchmark, Record
 from flamingo_jax.evaluation.captioning import bleu, cider, coco_words
 from flamingo_jax.evaluation.classification import ensembled, log_odds, roc_auc
@@ -273,7 +272,7 @@ def with_images(
 
 def answer(kind: str, output: str) -> str:
     """What counts of what a model said: the first line, and nothing of a shot that it goes on with by itself."""
-    line = output.strip().split("\n")[0].split(IMAGE_TAG)[0]
+    line = before_tags(output.strip().split("\n")[0])
     return (first_answer(line) if kind == VQA else line.split(CAPTION)[0]).strip()
 
 

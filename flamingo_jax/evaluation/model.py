@@ -16,6 +16,7 @@ from clip_jax.errors import ConfigError
 from flamingo_jax import decoding
 from flamingo_jax.data import prompts as written
 from flamingo_jax.data.documents import Media, Shape
+from flamingo_jax.decoding.scoring import shared
 from flamingo_jax.evaluation.harness import Prompt
 from flamingo_jax.loading import Loaded
 
@@ -86,7 +87,7 @@ class FlamingoModel:
         """
         asked = self._ids(prompt)
         whole = [self._ids(prompt, answer) for answer in answers]
-        same = min(_shared(asked, ids) for ids in whole)
+        same = min(shared(asked, ids) for ids in whole)
         return *decoding.pad_continuations([ids[same:] for ids in whole]), same - len(asked)
 
     def _written(self, prompt: Prompt, see: Callable[[Path], Media], answer: str | None = None) -> written.Prompt:
@@ -145,8 +146,3 @@ class FlamingoModel:
     def _until_stop(self, ids: Sequence[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self._loaded.stop_ids), len(ids))
         return list(ids[:end])
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids they begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

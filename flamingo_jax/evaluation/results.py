@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from clip_jax.errors import ConfigError
+from clip_jax.errors import ConfigError, UserError
+from clip_jax.evaluation.hosts import read_over_hosts
 from clip_jax.files import write_atomically
 from flamingo_jax.evaluation.harness import Evaluation, table
 
@@ -42,7 +41,7 @@ def evaluate_to(evaluation: Evaluation, output: Path) -> dict[str, Any]:
       What `results.json` holds; on other processes than the first, only what they ran themselves.
 
     Raises:
-      ConfigError: results of another plan are there.
+      ConfigError: results of another plan are there, or nothing can be written there; in every process alike.
     """
     plan = json.loads(json.dumps(evaluation.plan()))
     path = output / "results.json"
@@ -50,11 +49,19 @@ def evaluate_to(evaluation: Evaluation, output: Path) -> dict[str, Any]:
     evaluation.check()
     conditions = evaluation.settings.conditions()
     writes = jax.process_index() == 0
-    if writes:
-        _begin(path, parts, plan)
     files = [parts / f"{condition.name()}.json" for condition in conditions]
-    there = np.array([path.is_file() or file.is_file() for file in files])
-    there = np.asarray(multihost_utils.broadcast_one_to_all(there))  # other hosts may not see these files
+
+    def begin(_: int) -> tuple[str, list[bool]]:
+        """(what is wrong, which parts are there)."""
+        try:
+            _begin(path, parts, plan)
+        except Exception as error:  # of any kind: the others wait for a word
+            return str(error) if isinstance(error, UserError) else f"{path}: {type(error).__name__}: {error}", []
+        return "", [path.is_file() or file.is_file() for file in files]
+
+    ((wrong, there),) = read_over_hosts(begin, 1)  # by the first process: other hosts may not see these files
+    if wrong:
+        raise ConfigError(wrong)
     for condition, file, done in zip(
         tqdm(conditions, desc="evaluate", unit="condition", dynamic_ncols=True, disable=None if writes else True),
         files, there, strict=True,

@@ -11,7 +11,8 @@ import jax
 
 from clip_jax.errors import ConfigError
 from clip_jax.interop.mapping import Report
-from flamingo_jax.data.tokenizer import check_vocabulary, open_tokenizer
+from flamingo_jax.data.published_tokenizers import read_tokenizer
+from flamingo_jax.data.tokenizer import check_vocabulary
 from flamingo_jax.interop import huggingface, published
 from flamingo_jax.interop.idefics import write_idefics
 from flamingo_jax.interop.open_flamingo import write_open_flamingo
@@ -39,7 +40,9 @@ def import_model(spec: str, workdir: str | Path, **options: Any) -> tuple[Path, 
 def import_language_model(
     directory: str | Path, workdir: str | Path, *, allow: Sequence[str] = ()
 ) -> tuple[Path, Report]:
-    """Writes a language model of a Hugging Face directory, with its tokenizer.json, as checkpoint 0 of a new workdir.
+    """Writes a language model of a Hugging Face directory, with its tokenizer, as checkpoint 0 of a new workdir.
+
+    The tokenizer may be any that `read_tokenizer` reads; in the checkpoint it is a tokenizer.json.
 
     A Flamingo is trained on it by `config.init.language_model`, with the checkpoint's tokenizer.json as
     `config.data.tokenizer`. Weights keep the dtype that they are stored in.
@@ -48,12 +51,12 @@ def import_language_model(
       The checkpoint's path, and what became of every tensor.
 
     Raises as `flamingo_jax.interop.huggingface.read` does; ConfigError where `workdir` is not empty, DataError where
-    the tokenizer is missing or no such file.
+    the tokenizer is missing or can't be read.
     """
     directory, workdir = Path(directory), Path(workdir)
-    tokenizer = open_tokenizer(directory / published.TOKENIZER, bos=None)
+    tokenizer = read_tokenizer(directory, begins=False)
     found = huggingface.read(directory, allow=allow)
-    check_vocabulary(tokenizer, str(directory / published.TOKENIZER), found.spec.vocab_size)
+    check_vocabulary(tokenizer, f"{directory}: its tokenizer", found.spec.vocab_size)
     model = {
         "family": "language_model",
         "language_model": found.fields,

@@ -101,8 +101,7 @@ class Flamingo(nn.Module):
         )
 
     def __call__(self, batch: Mapping[str, Array]) -> Array:
-        features = batch["features"] if "features" in batch else self.look(batch["media"])
-        media = self.resample(features, batch["frame_mask"])
+        media = self.see(batch)
         text_mask = batch["text_mask"]
         media_mask = self.image_mask(batch["media_mask"], batch["frame_mask"])
         x = self.read(self.embed(batch["text"]), positions(text_mask), causal_mask(text_mask), media, media_mask)
@@ -116,9 +115,10 @@ class Flamingo(nn.Module):
         seen_BxLxTxF = media_mask_BxLxT[..., None] & frame_mask_BxTxF[:, None]
         return seen_BxLxTxF.reshape(*seen_BxLxTxF.shape[:2], -1)
 
-    def see(self, media_BxTxFxSxSx3: Array, frame_mask_BxTxF: Array) -> Array:
-        """The images as tokens for the language model, R for each (F·N without latents). [B, T·R, C]."""
-        return self.resample(self.look(media_BxTxFxSxSx3), frame_mask_BxTxF)
+    def see(self, batch: Mapping[str, Array]) -> Array:
+        """A batch's images as tokens for the language model, R for each (F·N without latents). [B, T·R, C]."""
+        features = batch["features"] if "features" in batch else self.look(batch["media"])
+        return self.resample(features, batch["frame_mask"])
 
     def look(self, media_BxTxFxSxSx3: Array) -> Array:
         """What the frozen tower makes of the images, N tokens a frame. [B, T, F, N, C]."""

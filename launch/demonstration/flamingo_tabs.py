@@ -265,7 +265,7 @@ def chat_tab(flamingo: Flamingo, waiting: dict[str, Any]) -> None:
             for text in flamingo.ask(asked, asked.grammar.turn.stop):
                 yield [*messages, {"role": "assistant", "content": text}], talk, str(asked), "", None
             messages.append({"role": "assistant", "content": text or "…"})
-            after = asked.reply(text)
+            after = asked.said(text)
             yield messages, Talk(after, messages), str(after), "", None
         except UserError as error:
             yield talk.messages, talk, str(talk.prompt or ""), look.line(error), {"text": words, "files": []}
