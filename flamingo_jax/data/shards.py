@@ -63,12 +63,17 @@ def expand(where: str) -> list[Path]:
     """Files by `docs_{0..99}.jsonl`, `{a,b}.tar` or `*.tar`, in order. Raises DataError where there is none."""
     parts = re.split(r"\{([^{}]+)\}", where)
     names = ["".join(some) for some in itertools.product(*(_choices(p) if i % 2 else [p] for i, p in enumerate(parts)))]
-    found = [Path(path) for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]  # noqa: PTH207
+    found = [Path(path) for name in names for path in _matches(name)]
     if missing := [path for path in found if not path.is_file()]:
         raise DataError(f"{missing[0]}: no such file ({len(missing)} of {len(found)} in {where})")
     if not found:
         raise DataError(f"{where}: no such files")
     return found
+
+
+def _matches(name: str) -> list[str]:
+    pattern = glob.has_magic(name) and not is_file(name)  # a[1].tar may be a file's name
+    return sorted(glob.glob(name)) if pattern else [name]  # noqa: PTH207
 
 
 def _choices(braces: str) -> list[str]:
