@@ -10,6 +10,7 @@ from typing import Protocol
 from PIL import Image
 
 from clip_jax.data import transforms
+from clip_jax.data.sources import storage
 from clip_jax.data.sources.records import MAX_IMAGE
 from clip_jax.errors import RecordError
 from flamingo_jax.data.documents import EndOfChunk, Text
@@ -21,16 +22,18 @@ MAX_CLIP = 1 << 31  # bytes of a clip that is read whole: of one in a tar
 
 @dataclass(frozen=True)
 class Span:
-    """A file within a file: a tar's member."""
+    """A file within a file, on a disk or in a bucket: a tar's member."""
 
     name: str
-    path: Path
+    path: str
     start: int
     size: int
 
     def read(self) -> bytes:
-        """Raises RecordError where the outer file ends before it."""
-        with self.path.open("rb") as file:
+        """Raises RecordError where the outer file ends before it or, in a bucket, can't be read."""
+        if storage.is_remote(self.path):
+            return storage.read_ranges(self.path, [(self.start, self.size)], f"{self.path}/{self.name}")[0]
+        with Path(self.path).open("rb") as file:
             data = os.pread(file.fileno(), self.size, self.start)
         if len(data) != self.size:
             raise RecordError(f"{self.path}/{self.name}: cut off", reason="cut_off")

@@ -77,8 +77,8 @@ def list_files(pattern: str, suffix: str) -> list[str]:
             found += sorted(_glob(f"{name.rstrip('/')}/*{suffix}"))
         else:
             # A file on a disk may be named a[1].tar.
-            pattern = any(c in name for c in "*?[") and (is_remote(name) or not is_file(name))
-            found += sorted(_glob(name)) if pattern else [name]
+            several = any(c in name for c in "*?[") and (is_remote(name) or not is_file(name))
+            found += sorted(_glob(name)) if several else [name]
     if not found:
         raise DataError(f"{pattern}: no such files (of a folder, *{suffix})")
     return found
