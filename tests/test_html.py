@@ -100,8 +100,11 @@ def test_only_images_in_the_folder_that_are_pictures(tmp_path: Path) -> None:
     for name, data in files.items():
         (site / name).write_bytes(data)
     Image.new("RGB", (80, 80), "red").save(site / "red.png")
+    with (site / "large.png").open("wb") as file:
+        file.truncate((1 << 28) + 1)  # of holes: it takes no place
     refused = {
-        "icon.png": "too_small", "wide.png": "too_elongated", "red.png": "of_one_colour", "svg.svg": "svg",
+        "large.png": "too_large", "icon.png": "too_small",
+        "wide.png": "too_elongated", "red.png": "of_one_colour", "svg.svg": "svg",
         "xml.png": "svg", "script.png": "does_not_decode",
         "cut.png": "does_not_decode", "empty.png": "does_not_decode",
         "none.png": "not_there", "../secret.png": "outside_the_folder", "%2e%2e/secret.png": "outside_the_folder",

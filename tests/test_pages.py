@@ -233,6 +233,13 @@ def test_what_cannot_be_opened_or_decoded_is_named(folder: Path, tokenizer: Text
         open_pages("chats", "llava:x")
     with pytest.raises(RecordError, match=r"none.png: can't be read"):
         decode(Raw(folder / "none.png"), 1, "")
+    with (folder / "large.png").open("wb") as file:
+        file.truncate((1 << 28) + 1)  # of holes: it takes no place
+    with pytest.raises(RecordError, match=r"large.png: 268,435,457 bytes; at most 268,435,456 expected") as caught:
+        decode(Raw(folder / "large.png"), 1, "")
+    assert caught.value.reason == "large_image"
+    with pytest.raises(RecordError, match=r"^/dev/zero: can't be read \(no file\)"):
+        decode(Raw(Path("/dev/zero")), 1, "")
     data = io.BytesIO((folder / "clip.webp").read_bytes()[:-200])
     with pytest.raises(RecordError, match=r"cut: "):
         transforms.decode_frames(data.getvalue(), 4, "cut")

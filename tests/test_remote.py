@@ -1,10 +1,14 @@
 """Shards in a bucket: an S3-compatible server on loopback gives the same records as a disk, or an error with a name."""
 
+import base64
+import gzip
+import json
 import logging
 import multiprocessing
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import fsspec.config
 import pytest
@@ -14,6 +18,8 @@ from tars import tar_bytes, write_shards
 
 from clip_jax.data.sources import open_source, storage
 from clip_jax.errors import DataError, RecordError
+from flamingo_jax.data.media import Page, Raw
+from flamingo_jax.data.pages import open_pages
 from launch import prepare
 
 
@@ -88,6 +94,94 @@ def test_parquet_json_lines_and_their_images_in_a_bucket(bucket: s3fs.S3FileSyst
     assert (table[0].image, table[0].text) == (picture(2), "two")
     with pytest.raises(RecordError, match=r"t.jsonl#1: s3://bucket/3.jpg can't be read"):
         table[1]
+
+
+def contents(page: Page) -> Sequence[object]:
+    return [part.read("") if isinstance(part, Raw) else part for part in page.parts]
+
+
+def test_interleaved_pages_are_those_of_a_disk(bucket: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+    from tars import picture
+
+    def lines(*records: Any) -> bytes:
+        return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+    def page(*numbers: int, within: bool = False) -> dict[str, Any]:
+        image = lambda i: {"image_base64": base64.b64encode(picture(i)).decode()} if within else {}  # noqa: E731
+        return {
+            "text_list": [f"Sentence {j}." for j in range(3)],
+            "image_info": [
+                {"image_name": f"{i}.jpg", "raw_url": f"http://example.org/{i}", "matched_text_index": 2 - place,
+                 "matched_sim": 0.5} | image(i)
+                for place, i in enumerate(numbers)
+            ],
+        }  # fmt: skip
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for shard in range(2):
+        records = lines(page(2 * shard, 2 * shard + 1), page(shard))
+        (folder / f"docs_{shard}.jsonl").write_bytes(records)
+        (folder / f"docs_{shard}.jsonl.gz").write_bytes(gzip.compress(records))
+    (folder / "images.tar").write_bytes(tar_bytes([(f"{i}.jpg", picture(i)) for i in range(4)]))
+    addresses = [(f"{i:09}.json", json.dumps({"url": f"http://example.org/{i}"}).encode()) for i in range(4)]
+    fetched = [member for i in range(4) for member in ((f"{i:09}.jpg", picture(i)), addresses[i])]
+    (folder / "fetched.tar").write_bytes(tar_bytes(fetched))
+    within = [(f"{i}.json", json.dumps(page(i, 3 - i, within=True)).encode()) for i in range(2)]
+    (folder / "within.tar").write_bytes(tar_bytes(within))
+    (folder / "own.jsonl").write_bytes(lines({"text": "a <image> b", "images": ["3.jpg"]}))
+    columns = {"images": [[None, picture(1)], [picture(2), None]], "texts": [["one", None], [None, "two"]]}
+    parquet.write_table(pa.table(columns), folder / "pages.parquet", row_group_size=1)
+    named = {"images": [[None, "http://example.org/1"]], "texts": [["one", None]]}
+    parquet.write_table(pa.table(named), folder / "named.parquet")
+    for path in sorted(folder.iterdir()):
+        bucket.put_file(str(path), f"bucket/data/{path.name}")
+    for kind, files, images, count in (
+        ("mmc4", "docs_{0..1}.jsonl", "#{}/images.tar", 4),
+        ("mmc4", "docs_*.jsonl.gz", "#{}/fetched.tar", 4),
+        ("mmc4", "within.tar", "", 2),
+        ("obelics", "pages.parquet", "", 2),
+        ("obelics", "named.parquet", "#{}/fetched.tar", 1),
+        ("json", "own.jsonl", "#{}/images.tar", 1),
+    ):
+        local, far, again = (
+            open_pages("interleaved", f"{kind}:{where}/{files}{images.format(where)}")
+            for where in (folder, "s3://bucket/data", "s3://bucket/data")  # again: by the index in the bucket
+        )
+        assert len(local) == len(far) == len(again) == count, files
+        for i in range(count):
+            assert contents(far[i]) == contents(again[i]) == contents(local[i]), files
+            assert local[i].media and far[i].key == local[i].key.replace(str(folder), "s3://bucket/data")
+    assert bucket.exists("bucket/data/docs_0.jsonl.lines.npy") and bucket.exists(
+        "bucket/data/fetched.tar.image_members.npy"
+    )
+
+
+def test_pages_that_a_bucket_does_not_hold_are_named(bucket: s3fs.S3FileSystem) -> None:
+    bucket.pipe_file("bucket/bad.tar", b"no tar" * 1000)
+    bucket.pipe_file("bucket/bad.parquet", b"no parquet" * 1000)
+    bucket.pipe_file("bucket/a.jsonl", b'{"text": "a <image>", "images": ["../b.jpg"]}\n')
+    bucket.pipe_file("bucket/images.tar", tar_bytes([("b.jpg", b"x")]))
+    for spec, message in (
+        ("mmc4:s3://bucket/bad.tar", "s3://bucket/bad.tar: can't be read"),
+        ("mmc4:s3://bucket/{0..1}.tar", "s3://bucket/0.tar: not found, nor are 1 others of 2"),
+        ("obelics:s3://bucket/bad.parquet", "s3://bucket/bad.parquet: can't be read"),
+        ("mmc4:s3://bucket/a.jsonl#s3://bucket/images", "s3://bucket/images: no tars; images in a bucket"),
+        ("json:s3://bucket/a.jsonl", "s3://bucket/a.jsonl: no tars; images in a bucket"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_pages("interleaved", spec)
+    pages = open_pages("interleaved", "json:s3://bucket/a.jsonl#s3://bucket/images.tar")
+    with pytest.raises(RecordError, match=r"s3://bucket/a.jsonl:1: \.\./b.jpg is not in s3://bucket/images.tar"):
+        pages[0]
+    bucket.pipe_file("bucket/a.jsonl.gz", gzip.compress(b"{}\n"))
+    packed = open_pages("interleaved", "json:s3://bucket/a.jsonl.gz#s3://bucket/images.tar")
+    bucket.rm(["bucket/a.jsonl", "bucket/a.jsonl.gz"])
+    for gone in (pages, packed):
+        with pytest.raises(RecordError, match=r"s3://bucket/a.jsonl.*1: can't be read"):
+            gone[0]
 
 
 def test_index_and_convert_write_to_a_bucket(

@@ -22,6 +22,7 @@ from PIL import Image
 
 from clip_jax.data import transforms
 from clip_jax.data.order import Order
+from clip_jax.data.sources.storage import list_files
 from clip_jax.errors import DataError, RecordError
 from flamingo_jax.data.documents import END, Shape, Text
 from flamingo_jax.data.filters import Filters, LeftOutError
@@ -168,6 +169,10 @@ def test_every_way_in_which_shards_and_images_are_kept(images: Path, tmp_path: P
         for _ in range(2):  # the second time from the index beside the shards
             pages = Mmc4(f"{tmp_path}/{spec}")
             assert [said(pages[i]) for i in range(len(pages))] == expected, spec
+    (tmp_path / "a[1].jsonl").write_bytes(lines(records[1]))  # as a pattern, it would be a1.jsonl
+    assert said(Mmc4(f"{tmp_path}/a[1].jsonl#{images}")[0]) == expected[1]
+    (tmp_path / "a[1].tsv").write_text("image\ttext\n")
+    assert list_files(f"{tmp_path}/a[1].tsv", ".tsv") == [f"{tmp_path}/a[1].tsv"]
     index = tmp_path / "plain_0.jsonl.lines.npy"
     stale = index.read_bytes()
     (tmp_path / "plain_0.jsonl").write_bytes(lines(records[2], records[0], records[1]))

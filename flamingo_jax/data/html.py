@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 
 from clip_jax.data import transforms
+from clip_jax.data.sources.records import MAX_IMAGE
 from clip_jax.errors import DataError, RecordError
 from flamingo_jax.data.documents import Text, with_ends
 from flamingo_jax.data.filters import LeftOutError, cut_options, read_options
@@ -134,6 +135,8 @@ class HtmlPages:
         if isinstance(path, str):
             return path
         try:
+            if path.stat().st_size > MAX_IMAGE:
+                return "too_large"
             data = path.read_bytes()
         except OSError:
             return "not_there"

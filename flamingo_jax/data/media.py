@@ -1,6 +1,7 @@
 """Pages: texts, and media between them that are not decoded yet; and how they are decoded."""
 
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,25 +10,30 @@ from typing import Protocol
 from PIL import Image
 
 from clip_jax.data import transforms
+from clip_jax.data.sources import storage
+from clip_jax.data.sources.records import MAX_IMAGE
 from clip_jax.errors import RecordError
 from flamingo_jax.data.documents import EndOfChunk, Text
 from flamingo_jax.data.video import VIDEO_SUFFIXES, read_frames
 
 MAX_CHARACTERS = 1_000_000  # of a page: a longer one is no page, and tokenising it takes minutes
+MAX_CLIP = 1 << 31  # bytes of a clip that is read whole: of one in a tar
 
 
 @dataclass(frozen=True)
 class Span:
-    """A file within a file: a tar's member."""
+    """A file within a file, on a disk or in a bucket: a tar's member."""
 
     name: str
-    path: Path
+    path: str
     start: int
     size: int
 
     def read(self) -> bytes:
-        """Raises RecordError where the outer file ends before it."""
-        with self.path.open("rb") as file:
+        """Raises RecordError where the outer file ends before it or, in a bucket, can't be read."""
+        if storage.is_remote(self.path):
+            return storage.read_ranges(self.path, [(self.start, self.size)], f"{self.path}/{self.name}")[0]
+        with Path(self.path).open("rb") as file:
             data = os.pread(file.fileno(), self.size, self.start)
         if len(data) != self.size:
             raise RecordError(f"{self.path}/{self.name}: cut off", reason="cut_off")
@@ -52,14 +58,25 @@ class Raw:
         return Path(self.path).suffix.lower() in VIDEO_SUFFIXES
 
     def read(self, key: str) -> bytes:
-        """The encoded bytes. Raises RecordError, naming the file, where it can't be read."""
+        """The encoded bytes. Raises RecordError, naming the file, where it can't be read or is too large."""
         if isinstance(self.where, bytes):
             return self.where
+        most = MAX_CLIP if self.is_video else MAX_IMAGE
         try:
+            size = self.where.size if isinstance(self.where, Span) else _size_of_file(self.where)
+            if size > most:
+                raise RecordError(f"{self.path}: {size:,} bytes; at most {most:,} expected", reason="large_image")
             return self.where.read() if isinstance(self.where, Span) else self.where.read_bytes()
         except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
             reason = getattr(error, "strerror", None) or str(error)
             raise RecordError(f"{self.path[:300]}: can't be read ({reason})", reason="can_not_be_read") from None
+
+
+def _size_of_file(path: Path) -> int:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a pipe may never end
+        raise ValueError("no file")
+    return status.st_size
 
 
 @dataclass(frozen=True)

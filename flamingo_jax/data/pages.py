@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from clip_jax.data.order import permute
 from clip_jax.data.pipeline import check_named
 from clip_jax.data.sources import open_source
+from clip_jax.data.sources.storage import is_remote
 from clip_jax.errors import ConfigError, DataError, RecordError
 from flamingo_jax.data.documents import END, IMAGE_TAG, EndOfChunk, Text, cut_at_tags, with_ends
 from flamingo_jax.data.filters import Refilled, cut_options
@@ -100,13 +101,16 @@ class JsonPages:
 
 def open_json(where: str, read: Callable[[Mapping[str, Any], str, Find], Page]) -> JsonPages:
     """FILE, FILE#FOLDER or FILE#TARS: images and clips are named by paths from the folder, by default the file's own,
-    or by names in tars. Several files of lines, packed ones too: `pages_{0..9}.jsonl.gz`.
+    or by names in tars. Several files of lines, packed ones too: `pages_{0..9}.jsonl.gz`. Lines and tars, not folders,
+    may lie in a bucket.
     """
     file, _, images = where.partition("#")
-    several = any(c in file for c in "{*") or file.endswith((".gz", ".zip"))
+    several = any(c in file for c in "{*") or file.endswith((".gz", ".zip")) or is_remote(file)
     records = JsonShards(file) if several else JsonRecords(Path(file))
     if "{" in images or "*" in images or images.endswith(".tar"):
         return JsonPages(read, records, partial(_in_tars, ImageStore(images), images))
+    if is_remote(images or file):
+        raise DataError(f"{where}: no tars; images in a bucket are expected in tars, as {file}#{{0..9}}.tar")
     folder = Path(images) if images else Path(file).parent
     return JsonPages(read, records, lambda name, key: Raw(folder / name))
 

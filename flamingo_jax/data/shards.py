@@ -1,7 +1,7 @@
 """Many records in a file, and many files: JSON lines, packed or not, tars of JSON, and images by name in tars.
 
-A shard is indexed once, into a small file beside it (`SHARD.index.npy`, where that can be written; else at every
-start), and read where a record lies. Packed lines (.gz, .zip) are unpacked a whole shard at a time.
+A shard, on a disk or in a bucket, is indexed once, into a small file beside it (`SHARD.lines.npy`; in the cache where
+that can't be written), and read where a record lies. Packed lines (.gz, .zip) are unpacked a whole shard at a time.
 """
 
 import glob
@@ -11,20 +11,20 @@ import io
 import itertools
 import json
 import logging
-import os
 import re
 import tarfile
 import threading
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 import numpy as np
 
-from clip_jax.data.sources import IMAGE_SUFFIXES
+from clip_jax.data.sources import IMAGE_SUFFIXES, storage
 from clip_jax.errors import DataError, RecordError
 from clip_jax.files import is_file
 from flamingo_jax.data.json_records import line_spans
@@ -35,6 +35,7 @@ V = TypeVar("V")
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zip")
 MAX_UNPACKED = 1 << 31  # bytes of a shard; more is taken for a decompression bomb
 MAX_RECORD = 1 << 28  # bytes of a record
+THREADS = 16  # that index shards of a bucket
 RECENT = 4  # shards or row groups kept in memory, of a source
 SPAN = np.dtype([("name", "<u8"), ("start", "<i8"), ("size", "<i8")])
 
@@ -59,16 +60,25 @@ class Recent(Generic[V]):
         return made
 
 
-def expand(where: str) -> list[Path]:
+def expand(where: str) -> list[str]:
     """Files by `docs_{0..99}.jsonl`, `{a,b}.tar` or `*.tar`, in order. Raises DataError where there is none."""
+    if storage.is_remote(where):
+        urls = storage.list_files(where, "")
+        storage.stamps(urls)  # which tells those that are missing
+        return urls
     parts = re.split(r"\{([^{}]+)\}", where)
     names = ["".join(some) for some in itertools.product(*(_choices(p) if i % 2 else [p] for i, p in enumerate(parts)))]
-    found = [Path(path) for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]  # noqa: PTH207
-    if missing := [path for path in found if not path.is_file()]:
+    found = [str(Path(path)) for name in names for path in _matches(name)]
+    if missing := [path for path in found if not is_file(path)]:
         raise DataError(f"{missing[0]}: no such file ({len(missing)} of {len(found)} in {where})")
     if not found:
         raise DataError(f"{where}: no such files")
     return found
+
+
+def _matches(name: str) -> list[str]:
+    pattern = glob.has_magic(name) and not is_file(name)  # a[1].tar may be a file's name
+    return sorted(glob.glob(name)) if pattern else [name]  # noqa: PTH207
 
 
 def _choices(braces: str) -> list[str]:
@@ -88,9 +98,9 @@ class JsonShards:
     def __init__(self, where: str):
         self.paths = expand(where)
         for path in self.paths:
-            if not path.name.endswith((*LINES, ".tar")):
+            if not path.endswith((*LINES, ".tar")):
                 raise DataError(f"{path}: expected {', '.join(LINES)} or .tar")
-        self._spans = [indexed(path, _json_members if path.suffix == ".tar" else _lines) for path in self.paths]
+        self._spans = tables(self.paths, lambda path: _json_members if path.endswith(".tar") else _lines)
         self._ends = np.cumsum([len(spans) for spans in self._spans])
         if not len(self):
             raise DataError(f"{where}: empty; expected a JSON object a line or, in a tar, a file")
@@ -106,8 +116,12 @@ class JsonShards:
         key = f"{path}:{line}"
         if size > MAX_RECORD:
             raise RecordError(f"{key}: {size:,} bytes; at most {MAX_RECORD:,} expected", reason="record_too_large")
-        if path.suffix in (".gz", ".zip"):
-            data = self._unpacked(path)[start : start + size]
+        if path.endswith((".gz", ".zip")):
+            try:
+                data = self._unpacked(path)[start : start + size]
+            except Exception as error:  # it could be read when it was opened
+                reason = storage.first_line(error)
+                raise RecordError(f"{key}: can't be read ({reason})", reason="can_not_be_read") from None
         else:
             data = Span(str(line), path, start, size).read()
         try:
@@ -123,17 +137,21 @@ class ImageStore:
     """Images and clips by name: in a folder, or in tars, where they may have the name of the address they are from.
 
     Names are the file's own, with its folders or without. img2dataset's tars, whose members are numbers, say in
-    a .json beside each image which address (`url`) it is from. Raises DataError for what can't be opened.
+    a .json beside each image which address (`url`) it is from. In a bucket, images lie in tars.
+
+    Raises DataError for what can't be opened.
     """
 
     def __init__(self, where: str, tries: Sequence[str] = ("{name}",)):
         self._folder = Path(where) if Path(where).is_dir() else None
         self._tries = tries
         if self._folder is None:
+            if storage.is_remote(where) and not where.endswith(".tar"):
+                raise DataError(f"{where}: no tars; images in a bucket are expected in tars, as {{0..9}}.tar")
             self._paths = expand(where)
-            tables = [indexed(path, _image_members) for path in self._paths]
-            files = np.repeat(np.arange(len(tables), dtype=np.int32), [len(table) for table in tables])
-            table = np.concatenate(tables)
+            found = tables(self._paths, lambda path: _image_members)
+            files = np.repeat(np.arange(len(found), dtype=np.int32), [len(table) for table in found])
+            table = np.concatenate(found)
             order = np.argsort(table["name"], kind="stable")
             self._table, self._files = table[order], files[order]
 
@@ -172,40 +190,45 @@ def named(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
-def indexed(path: Path, read: Callable[[Path], np.ndarray]) -> np.ndarray:
-    """A shard's spans: from the file beside it, if it is of this very shard, or read now and kept there."""
-    kind = read.__name__.strip("_")
-    beside = path.with_name(f"{path.name}.{kind}.npy")
-    try:
-        stat = path.stat()
-        stamp = np.array([(stat.st_size, stat.st_mtime_ns, 0)], SPAN)
-        if beside.is_file():
-            kept = np.load(beside)
-            if kept.dtype == SPAN and len(kept) and kept[0] == stamp[0]:
+Reader = Callable[[str], np.ndarray]
+
+
+def tables(paths: Sequence[str], reader: Callable[[str], Reader]) -> list[np.ndarray]:
+    """The spans of shards, each by the reader for it. Raises DataError."""
+    with ThreadPoolExecutor(THREADS if storage.is_remote(paths[0]) else 1) as pool:
+        return list(pool.map(lambda path, stamp: indexed(path, stamp, reader(path)), paths, storage.stamps(paths)))
+
+
+def indexed(path: str, stamp: str, read: Reader) -> np.ndarray:
+    """A shard's spans: from the file beside it or in the cache, if it is of that version, or read now and kept."""
+    beside = f"{path}.{read.__name__.strip('_')}.npy"
+    version = np.array([(named(stamp), 0, 0)], SPAN)
+    for where in (beside, str(storage.cached(beside))):
+        with suppress(DataError, OSError, ValueError, EOFError):  # a damaged index is made again
+            kept = np.load(io.BytesIO(storage.read_if_there(where) or b""))
+            if kept.dtype == SPAN and len(kept) and kept[0] == version[0]:
                 return kept[1:]
-    except (OSError, ValueError):
-        pass  # a damaged index is made again
     try:
         found = read(path)
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise DataError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
-    temporary = beside.with_name(f"{beside.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, np.concatenate([stamp, found]))
-        temporary.replace(beside)
-    except OSError:  # a disk that can only be read
-        temporary.unlink(missing_ok=True)
+    except DataError:
+        raise
+    except Exception as error:  # of tarfile, zipfile, zlib and, of a bucket, of boto, aiohttp, google …
+        reason = getattr(error, "strerror", None) or storage.first_line(error)
+        raise DataError(f"{path}: can't be read ({reason})") from None
+    file = io.BytesIO()
+    np.save(file, np.concatenate([version, found]))
+    with suppress(OSError):  # neither the disk nor the cache can be written
+        storage.save(beside, file.getvalue())
     return found
 
 
-def unpacked(path: Path) -> bytes:
+def unpacked(path: str) -> bytes:
     """All of a .gz or .zip file, of whose members the first .jsonl counts. Raises DataError where it is too large."""
-    if path.suffix == ".gz":
-        with gzip.open(path) as file:
+    if path.endswith(".gz"):
+        with storage.open_file(path) as packed, gzip.open(packed) as file:
             data = file.read(MAX_UNPACKED + 1)
     else:
-        with zipfile.ZipFile(path) as archive:
+        with storage.open_file(path) as packed, zipfile.ZipFile(packed) as archive:
             lines = [member for member in archive.infolist() if member.filename.endswith(".jsonl")]
             if not lines:
                 raise DataError(f"{path}: no .jsonl in it")
@@ -216,19 +239,20 @@ def unpacked(path: Path) -> bytes:
     return data
 
 
-def _lines(path: Path) -> np.ndarray:
+def _lines(path: str) -> np.ndarray:
     """Number, start and size of every line that is not blank."""
-    with io.BytesIO(unpacked(path)) if path.suffix in (".gz", ".zip") else path.open("rb") as file:
+    with io.BytesIO(unpacked(path)) if path.endswith((".gz", ".zip")) else storage.open_file(path) as file:
         starts, stops, numbers = line_spans(file)
     found = np.zeros(len(starts), SPAN)
     found["name"], found["start"], found["size"] = numbers, starts, stops - starts
     return found
 
 
-def members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar, up to where it is damaged or cut off; no links, no devices."""
-    size = path.stat().st_size
-    with tarfile.open(path, "r:") as tar:
+def members(path: str, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """The files of an open tar, up to where it is damaged or cut off; no links, no devices. `file` may be read."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
         try:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
@@ -240,25 +264,27 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
             logging.warning("%s: damaged (%s); what stands before is used", path, error)
 
 
-def _json_members(path: Path) -> np.ndarray:
-    found = [m for m in members(path) if m.name.endswith(".json")]
-    return np.array([(number, m.offset_data, m.size) for number, m in enumerate(found)], SPAN)
+def _json_members(path: str) -> np.ndarray:
+    with storage.open_file(path) as file:
+        found = [(m.offset_data, m.size) for m in members(path, file) if m.name.endswith(".json")]
+    return np.array([(number, *span) for number, span in enumerate(found)], SPAN)
 
 
-def _image_members(path: Path) -> np.ndarray:
+def _image_members(path: str) -> np.ndarray:
     """Spans of media, by the hash of their name, with and without folders, and of the address they are from."""
     spans: list[tuple[int, int, int]] = []
     waiting: dict[str, dict[str, Any]] = {}  # stem → what is known of it
-    with path.open("rb") as file:
-        for member in members(path):
+    with storage.open_file(path) as file:
+        for member in members(path, file):
             name = PurePosixPath(member.name)
             known = waiting.setdefault(str(name.with_suffix("")), {})
             if name.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
                 known["span"] = member.offset_data, member.size
                 spans += [(named(one), *known["span"]) for one in dict.fromkeys((member.name, name.name))]
             elif name.suffix == ".json" and member.size < 1 << 20:
+                file.seek(member.offset_data)
                 try:
-                    known["url"] = json.loads(os.pread(file.fileno(), member.size, member.offset_data))["url"]
+                    known["url"] = json.loads(file.read(member.size))["url"]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     continue
             if isinstance(known.get("url"), str) and "span" in known:

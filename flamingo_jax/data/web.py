@@ -10,11 +10,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.sources import IMAGE_SUFFIXES
+from clip_jax.data.sources import IMAGE_SUFFIXES, storage
 from clip_jax.errors import ConfigError, DataError, RecordError
 from flamingo_jax.data.documents import IMAGE_TAG, Text, with_ends
 from flamingo_jax.data.filters import Filters, cut_options, read_options
@@ -38,7 +39,7 @@ class Mmc4:
         self.filters: Filters = read_options(Filters, options, f"mmc4:{spec}")
         self._records = JsonShards(where)
         self._images = ImageStore(images, ("{name}", "{shard}/{name}")) if images else None
-        if self._images is None and any(path.suffix != ".tar" for path in self._records.paths):
+        if self._images is None and any(not path.endswith(".tar") for path in self._records.paths):
             raise DataError(f"mmc4:{spec}: no images; expected SHARDS#FOLDER or SHARDS#TARS")
 
     def __len__(self) -> int:
@@ -93,21 +94,23 @@ class Obelics:
 
     def __init__(self, spec: str):
         try:
-            import pyarrow.parquet
+            import pyarrow.parquet  # noqa: F401
         except ImportError:
             raise ConfigError("Parquet files need pyarrow: install the extra `parquet` (pip install pyarrow)") from None
         where, images, options = cut_options(spec)
         self.filters: Filters = read_options(Filters, {"max_images": "30"} | options, f"obelics:{spec}")
         suffixes = ("", *sorted(IMAGE_SUFFIXES))
         self._images = ImageStore(images, [f"{{name}}{suffix}" for suffix in suffixes]) if images else None
-        self._groups: list[tuple[Path, int, int]] = []  # (file, row group, its first row of all)
+        self._groups: list[tuple[str, int, int]] = []  # (file, row group, its first row of all)
         self._size = 0
         for path in expand(where):
             try:
-                with pyarrow.parquet.ParquetFile(path) as file:
+                with _parquet(path) as file:
                     columns, footer = set(file.schema_arrow.names), file.metadata
-            except (OSError, pyarrow.ArrowException) as error:
-                raise DataError(f"{path}: can't be read ({str(error).splitlines()[0][:200]})") from None
+            except DataError:
+                raise
+            except Exception as error:  # of Arrow and, of a bucket, of boto, aiohttp, google …
+                raise DataError(f"{path}: can't be read ({storage.first_line(error)[:200]})") from None
             if missing := {"images", "texts"} - columns:
                 raise DataError(f"{path}: no column {min(missing)}; expected images and texts, and metadata")
             for group in range(footer.num_row_groups):
@@ -130,9 +133,9 @@ class Obelics:
         try:
             rows = self._read((path, group))
             record = {name: column[index - first].as_py() for name, column in rows.items()}
-        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        except Exception as error:  # as above
             raise RecordError(
-                f"{key}: can't be read ({str(error).splitlines()[0][:120]})", reason="can_not_be_read"
+                f"{key}: can't be read ({storage.first_line(error)[:120]})", reason="can_not_be_read"
             ) from None
         return self._page(record, key, index)
 
@@ -179,11 +182,21 @@ class Obelics:
         return self._images.find(hashlib.sha256(image.encode("utf-8", "replace")).hexdigest(), url=image)
 
 
-def _row_group(place: tuple[Path, int]) -> dict[str, Any]:
-    import pyarrow.parquet
+@contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    """A Parquet file, on a disk or in a bucket."""
+    from pyarrow.parquet import ParquetFile
 
+    with (
+        storage.open_file(path) if storage.is_remote(path) else nullcontext(path) as source,
+        ParquetFile(source) as file,
+    ):
+        yield file
+
+
+def _row_group(place: tuple[str, int]) -> dict[str, Any]:
     path, group = place
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with _parquet(path) as file:
         wanted = [name for name in ("images", "texts", "metadata") if name in file.schema_arrow.names]
         table = file.read_row_group(group, columns=wanted)
     return {name: table[name] for name in wanted}

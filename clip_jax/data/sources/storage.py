@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clip_jax.errors import DataError, RecordError
-from clip_jax.files import is_folder
+from clip_jax.files import is_file, is_folder
 
 SCHEMES = ("s3", "gs", "gcs")
 MAX_FILES = 10_000_000
@@ -76,7 +76,9 @@ def list_files(pattern: str, suffix: str) -> list[str]:
         if name.endswith("/") or (not name.endswith(suffix) and _is_folder(name)):
             found += sorted(_glob(f"{name.rstrip('/')}/*{suffix}"))
         else:
-            found += sorted(_glob(name)) if any(c in name for c in "*?[") else [name]
+            # A file on a disk may be named a[1].tar.
+            several = any(c in name for c in "*?[") and (is_remote(name) or not is_file(name))
+            found += sorted(_glob(name)) if several else [name]
     if not found:
         raise DataError(f"{pattern}: no such files (of a folder, *{suffix})")
     return found
