@@ -134,9 +134,10 @@ def test_answers_are_generated_from_each_blocks_own_parameters(
         return SimpleNamespace(tokens=rows + blocks[1]["w"].sum().astype(int))
 
     monkeypatch.setattr(few_shot, "generate", generate)
-    task = SimpleNamespace(model=None, end_id=tokenizer.vocab_size, tokenizer=tokenizer, inputs=lambda batch: batch)
+    task: Any = SimpleNamespace(
+        model=None, end_id=tokenizer.vocab_size, tokenizer=tokenizer, inputs=lambda batch: batch
+    )
     variables = {"params": {"language_model": {"blocks": {"w": jnp.zeros((2, 3))}}}}
     mesh = sharding.make_mesh()
-    fixed: Any = (task, variables, mesh, mesh.size)
-    responder = Responder(*fixed, len(said) + 1, tqdm(disable=True), nothing)
+    responder = Responder(task, variables, mesh, mesh.size, len(said) + 1, tqdm(disable=True), nothing)
     assert responder.answers([Document([Text("what?")])], Shape(1, 1, 8, 16)) == ["a dog"]
