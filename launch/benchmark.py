@@ -26,6 +26,8 @@ ROWS: dict[str, Rows] = {
     **{group: partial(compile_time.rows, group) for group in compile_time.MODELS},
     "gpu": gpu.rows,
 }
+# For both sides' processes: large pages, and memory that was freed kept instead of given back and zeroed again (glibc).
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8000000000:glibc.malloc.mmap_threshold=4000000000"
 ASKED_FOR = ("compile-flamingo",)  # run only where named: it takes long
 DEFAULT = [name for name in ROWS if name not in ASKED_FOR]
 
@@ -50,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = parser().parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
     settings = Settings(1 if arguments.quick else max(1, arguments.rounds), arguments.quick)
     about, results = about_this_run(sys.argv[1:]), list[Result]()
     save = partial(write, results, about, arguments.json, arguments.plot, arguments.table)
