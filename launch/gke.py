@@ -72,7 +72,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--xpk needs --cluster: the one that xpk has made")
     if arguments.grace < 1 or arguments.max_restarts < 0:
         raise ConfigError("--grace and --max-restarts are whole numbers, the first at least 1")
-    runs = [word for word in arguments.command if word.startswith("/runs")]
+    runs = [word for word in arguments.command if word.rpartition("=")[2].startswith("/runs")]
     if not arguments.xpk and bool(runs) != bool(arguments.bucket):
         raise ConfigError("--bucket and a --workdir under /runs belong together: a run must outlive its pods")
 

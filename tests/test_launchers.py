@@ -79,6 +79,14 @@ def test_slices_are_so_many_hosts(topology: str, accelerator: str, expected: tup
     assert gke.ACCELERATORS[found.chip.name] == accelerator
 
 
+def test_a_workdir_behind_an_equals_sign_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["python", "-m", "launch.train", "--workdir=/runs/it"]
+    gke.main([*JOBSET, "--", *command])
+    assert "--workdir=/runs/it" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--bucket and a --workdir under /runs belong together"):
+        gke.main([*JOBSET, "--bucket", "", "--", *command])
+
+
 def test_xpk_gets_the_same_run(capsys: pytest.CaptureFixture[str]) -> None:
     gke.main(["--xpk", "--cluster", "c", *JOBSET, "--", *COMMAND])
     printed = capsys.readouterr().out
