@@ -1,5 +1,6 @@
 """The demo's server as its visitors meet it: answers beside the models applied directly, and what it refuses."""
 
+import asyncio
 import html
 import http.client
 import re
@@ -33,7 +34,7 @@ from configs.clip import quickstart
 from launch import demo
 from launch.demonstration import page
 from launch.demonstration.flamingo_tabs import moved
-from launch.demonstration.uploads import Limits
+from launch.demonstration.uploads import Guard, Limits
 
 COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
 HOSTILE = {
@@ -262,6 +263,22 @@ def test_a_file_too_large_is_refused_at_the_door_and_behind_it(served: demo.Serv
     assert asked.getresponse().status == 403  # before any of it is read
     asked.close()
     assert httpx.post(f"{served.address}gradio_api/queue/join", content=b"[" * 2**21).status_code == 403
+
+
+def test_a_request_in_chunks_is_refused_whatever_length_it_claims(tmp_path: Path) -> None:
+    said: list[Any] = []
+
+    async def unreached(*_: Any) -> Any:
+        raise AssertionError("read or passed on")
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    for kind in (b"application/json", b"multipart/form-data; boundary=x"):
+        headers = [(b"content-type", kind), (b"content-length", b"2"), (b"transfer-encoding", b"chunked")]
+        scope = {"type": "http", "method": "POST", "path": "/gradio_api/queue/join", "headers": headers}
+        asyncio.run(Guard(unreached, tmp_path, Limits())(scope, unreached, send))
+    assert [message["status"] for message in said if "status" in message] == [403, 403]
 
 
 def test_no_file_of_the_server_can_be_read(served: demo.Served, pictures: Path) -> None:
