@@ -154,6 +154,12 @@ def test_the_newest_sound_checkpoint_is_taken(tmp_path: Path) -> None:
     restored = checkpointer.restore_latest(abstract)
     assert restored is not None and checkpointer.steps() == [1]
     assert (tmp_path / "checkpoints" / "00000002.damaged").is_dir()  # out of the way of its step's next save
+    for _ in range(2):
+        checkpointer.save(restored, 2, {})
+        checkpointer.wait()
+        flip_a_byte(checkpointer.path(2))
+        assert checkpointer.restore_latest(abstract) is not None  # the same step once more, and yet once more
+        assert checkpointer.steps() == [1]
     checkpointer.save(restored, 2, {})
     checkpointer.wait()
     for step in (1, 2):

@@ -180,7 +180,9 @@ class Checkpointer:
             state = state_of(restore(self.path(step), items_of(abstract)), abstract)
             _barrier("restored")
             for path, _ in damaged if jax.process_index() == 0 else ():
-                path.rename(path.with_name(path.name + ".damaged"))  # its step will be saved again
+                aside = path.with_name(path.name + ".damaged")
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier damage to the same step
+                path.rename(aside)  # its step will be saved again
             return state
         if damaged:
             raise CheckpointError(damaged[0][1])
