@@ -159,6 +159,8 @@ def test_data_sets_may_take_turns() -> None:
     assert shown == [(0, 3.0), (1, 5.0)] * 2
     step = train_state.train_step_fn(Toy("accumulate"), sgd, 0)  # type: ignore[arg-type]
     assert float(step(state, batches)[0].trainable["w"]) == -10.0 - 5.5
+    found = [train_state.examples_of_a_step(Toy(how)) for how in ("accumulate", "round_robin")]  # type: ignore[arg-type]
+    assert found == [2, 1]
     with pytest.raises(ConfigError, match="data.schedule 'merged': expected one of accumulate, round_robin"):
         train_state.train_step_fn(Toy("merged"), sgd, 0)  # type: ignore[arg-type]
 

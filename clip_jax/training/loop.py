@@ -92,7 +92,7 @@ def train(
             metadata=metadata,
             checkpointer=checkpointer,
             log=Log(writer, config.steps, start, predicted),
-            meter=Meter(start, sum(batch.values()), Goodput(workdir, start), ideal_seconds),
+            meter=Meter(start, train_state.examples_of_a_step(task), Goodput(workdir, start), ideal_seconds),
             watchdog=watchdog,
             preemption=preemption,
             profile=profile,

@@ -16,12 +16,12 @@ class Meter:
 
     Args:
       step: the one that the run starts or resumes at.
-      batch_size: examples of a step, all streams together.
+      examples: that a step trains on, all streams together; the mean where streams take turns.
       ideal_seconds: of a step whose model FLOPs ran at the devices' peak; None where that is not known.
     """
 
-    def __init__(self, step: int, batch_size: int, goodput: Goodput, ideal_seconds: float | None):
-        self.step, self.batch_size, self.goodput, self.ideal_seconds = step, batch_size, goodput, ideal_seconds
+    def __init__(self, step: int, examples: float, goodput: Goodput, ideal_seconds: float | None):
+        self.step, self.examples, self.goodput, self.ideal_seconds = step, examples, goodput, ideal_seconds
         self.program_bytes = 0  # of one device, as compiled
         self._lap_start, self._lap_waited = time.perf_counter(), 0.0
         self._elapsed = self._waited = 0.0  # since `step`, up to the last lap
@@ -66,7 +66,7 @@ class Meter:
         seconds = self._elapsed / (step - self.step)
         found = {
             "step_seconds": seconds,
-            "examples_per_second": self.batch_size / seconds,
+            "examples_per_second": self.examples / seconds,
             "data_wait_share": self._waited / self._elapsed,
             "memory_bytes": float(peak_bytes(jax.local_devices()) or self.program_bytes),
         }

@@ -176,6 +176,12 @@ def train_step_fn(task: Task, optimizer: optax.GradientTransformation, seed: int
     return train_step
 
 
+def examples_of_a_step(task: Task) -> float:
+    """How many a step trains on, all streams together; where they take turns, the mean over a round."""
+    sizes = [stream.batch_size for stream in task.streams().values()]
+    return sum(sizes) / (len(sizes) if task.schedule == "round_robin" else 1)
+
+
 def jit_train_step(step: Step, shardings: TrainState, mesh: Mesh) -> Step:
     """The step jitted and donated, its outputs pinned: left to XLA, a restored run would not be bit-identical."""
     return jax.jit(
