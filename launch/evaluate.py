@@ -188,7 +188,8 @@ def evaluate_run(workdir: Path) -> None:
     results_path = workdir / "evaluation.json"
     if results_path.exists() and json.loads(results_path.read_text())["checkpoint"] == path.name:
         logging.info("%s: already holds the evaluation of checkpoint %s", results_path, path.name)
-        show(json.loads(results_path.read_text()), table)
+        if jax.process_index() == 0:
+            show(json.loads(results_path.read_text()), table)
         return
     config = ml_collections.ConfigDict(metadata["config"])
     mesh = sharding.make_mesh(config.mesh.to_dict(), jax.devices())
