@@ -259,7 +259,7 @@ def turns(name: str, directory: Path, case: Case, settings: Settings, *, compile
             peer: stack.enter_context(program(theirs, directory, case, compiled)),
         }
         limit = sides[OURS]("flops").result / matmul_rate(case.device, case.dtype)
-        found = interleave(sides, settings.rounds)
+        found = interleave(sides, settings.rounds, warm_up=2 if case.kind == "step" else 1)
         if case.kind == "step" and case.dtype == "float32":
             moments = {side: run("moments").result for side, run in sides.items()}
             check_gradients(f"{name}, beside {peer}", moments[OURS], moments[peer])
