@@ -156,9 +156,9 @@ def evaluate(
 
 
 def spread(examples: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Evenly chosen ones, `count` of each task."""
+    """Evenly chosen ones, `count` of each task, captions last."""
     chosen: list[dict[str, Any]] = []
-    for task in sorted({example["task"] for example in examples}):
+    for task in sorted({example["task"] for example in examples}, key=lambda task: (task == "caption", task)):
         some = [example for example in examples if example["task"] == task]
         chosen += some[:: max(1, len(some) // count)][:count]
     return chosen
