@@ -143,10 +143,21 @@ delete() {
 
 watch() {
     [[ ${#command[@]} -gt 0 ]] || fail "watch needs a command after --"
+    [[ -n $type ]] || fail "watch needs --type, such as v5litepod-256"
+    local failed=0 status
     while true; do
-        create
-        sync
-        run
+        set +e # so that what fails in the set-up ends it, and not this loop, which has a slice to delete
+        (set -e; create; sync; run)
+        status=$?
+        set -e
+        if [[ $status -ne 0 ]]; then
+            delete || true
+            failed=$((failed + 1))
+            [[ $failed -lt 3 ]] || fail "$name: could not be set up, three times in a row"
+            echo "the slice could not be set up; asking for another"
+            continue
+        fi
+        failed=0
         if [[ -n $dry ]]; then
             echo "# every $HEALTH_SECONDS s: a slice that is no longer ACTIVE, or a run that returned $STOPPED, is begun again"
             delete

@@ -158,6 +158,9 @@ with open(f"{worker}/gcloud.log", "a") as log:
 if words[3] == "describe":
     print("ACTIVE")
 elif words[3] == "scp":
+    asked = open(f"{worker}/gcloud.log").read().count("queued-resources create")
+    if asked <= int(os.environ.get("LOST", 0)):
+        sys.exit("the slice is gone")
     shutil.copy(words[4], f"{worker}/" + words[5].split(":")[1])
 elif words[3] == "ssh":
     command = next(word for word in words if word.startswith("--command=")).removeprefix("--command=")
@@ -167,20 +170,36 @@ elif words[3] == "ssh":
 """
 
 
-def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path: Path) -> None:
-    stand_in = tmp_path / "gcloud"
+def watch(folder: Path, run: str, **environ: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """`tpu_vm.sh watch` with a gcloud of our own, and what that was asked for."""
+    stand_in = folder / "gcloud"
     stand_in.write_text(GCLOUD)
     stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
-    # Stopped the first time, done the second.
-    run = 'test -e ../second && exit 0; touch ../second; exit "$STOPPED_EXIT_CODE"'
     done = shell(
         "tpu_vm.sh", "watch", "pod", "--zone", "z", "--type", "v5p-8", "--", "bash", "-c", run,
-        PATH=f"{tmp_path}:{os.environ['PATH']}", WORKER=str(tmp_path), HEALTH_SECONDS="0.2",
+        PATH=f"{folder}:{os.environ['PATH']}", WORKER=str(folder), HEALTH_SECONDS="0.2", **environ,
     )  # fmt: skip
+    return done, (folder / "gcloud.log").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("lost", "code"), [(1, 0), (3, 2)])
+def test_a_slice_that_is_lost_in_its_set_up_is_deleted_and_asked_for_three_times(
+    tmp_path: Path, lost: int, code: int
+) -> None:
+    done, asked = watch(tmp_path, "exit 0", LOST=str(lost))
+    assert done.returncode == code
+    assert asked.count("queued-resources create pod") == asked.count("queued-resources delete pod") == min(lost + 1, 3)
+    said = "the run returned 0" if code == 0 else "error: pod: could not be set up, three times in a row"
+    assert said + "\n" in done.stdout + done.stderr
+
+
+def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path: Path) -> None:
+    # Stopped the first time, done the second.
+    run = 'test -e ../second && exit 0; touch ../second; exit "$STOPPED_EXIT_CODE"'
+    done, asked = watch(tmp_path, run)
     assert done.returncode == 0, done.stderr
     assert "the slice was taken away; asking for another\n" in done.stdout
     assert done.stdout.endswith("the run returned 0\n")
-    asked = (tmp_path / "gcloud.log").read_text().splitlines()
     assert [line for line in asked if "describe" not in line and "cat" not in line].count(
         "queued-resources create pod"
     ) == 2

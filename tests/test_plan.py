@@ -252,3 +252,12 @@ def test_the_table_of_plans_goes_on_where_it_stopped(
     monkeypatch.setattr(Lowered, "digest", lambda _: "another program's")
     table.write(path)
     assert len(compiled) == 2 * len(table.ROWS) + 1
+
+
+def test_where_streams_take_turns_a_step_asks_for_their_mean() -> None:
+    with without_data(smollm2.get_config("debug")) as config:
+        device = hardware.parse("v5e:1x1").devices[:1]
+        streams = len(config.data.mixture)
+        together = step.model_flops(config, build_task, device)
+        config.data.schedule = "round_robin"
+        assert streams == 3 and step.model_flops(config, build_task, device) == together // streams

@@ -227,7 +227,8 @@ def abstract_batch(task: Task, mesh: Mesh) -> dict[str, dict[str, jax.ShapeDtype
 
 
 def model_flops(config: ml_collections.ConfigDict, build_task: BuildTask, device: Any) -> int:
-    """What the gradients of all streams ask for, all chips together; see `model_flops.py`."""
+    """What a step's gradients ask for, all chips together (see `model_flops.py`): those of all streams, or, where
+    streams take turns, the mean."""
     config = without_recomputation(config)
     mesh = sharding.make_mesh({}, device)
     task = build_task(config, mesh)
@@ -235,10 +236,11 @@ def model_flops(config: ml_collections.ConfigDict, build_task: BuildTask, device
         key = jax.eval_shape(lambda: jax.random.key(0))
         params, model_state = sharding.unbox(jax.eval_shape(task.init, key))
         trainable, frozen = train_state.partition(params, train_state.matches_any(config.frozen))
-        return sum(
+        each = [
             gradient_flops(task.loss, trainable, frozen, model_state, batch, key)
             for batch in abstract_batch(task, mesh).values()
-        )
+        ]
+    return sum(each) // (len(each) if task.schedule == "round_robin" else 1)
 
 
 def without_recomputation(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
