@@ -313,7 +313,9 @@ def measured_costs(program: Program, topology: Topology, devices: list[jax.Devic
 
 
 # Parts of an operation's path that are JAX's own, or the class of the whole model.
-_WRAPPERS = re.compile(r"^([A-Z]\w*|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|remat\w*)$")
+_WRAPPERS = re.compile(
+    r"^([A-Z]\w*|while|body|cond|closed_call|eval_jaxpr|checkpoint|rematted_computation|shard_map|remat\w*)$"
+)
 
 
 def purpose(collective: Collective) -> str:

@@ -53,8 +53,11 @@ def run(arguments: argparse.Namespace) -> None:
                 bar.write(f"damaged: {file}: {found.damage}", file=sys.stderr)
     if bad:
         raise DataError(f"{bad} of {len(files)} files can't be read (above); --leave-out-bad counts them as empty")
-    logging.getLogger().setLevel(logging.ERROR)  # what is damaged was said above
-    open_source(arguments.spec)  # writes how many records each file has
+    logging.disable(logging.WARNING)  # what is damaged was said above
+    try:
+        open_source(arguments.spec)  # writes how many records each file has
+    finally:
+        logging.disable(logging.NOTSET)
     size = sum(map(storage.size_of, stamps))
     print(f"{arguments.spec}: {rows:,} rows, {size / 1e9:,.3f} GB, {len(files):,} files" +
           (f", {damaged} of them damaged" if damaged else ""))  # fmt: skip
