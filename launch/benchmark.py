@@ -27,7 +27,7 @@ ROWS: dict[str, Rows] = {
     "gpu": gpu.rows,
 }
 # For both sides' processes: large pages, and memory that was freed kept instead of given back and zeroed again (glibc).
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8000000000:glibc.malloc.mmap_threshold=4000000000"
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=16000000000:glibc.malloc.mmap_threshold=16000000000"
 ASKED_FOR = ("compile-flamingo",)  # run only where named: it takes long
 DEFAULT = [name for name in ROWS if name not in ASKED_FOR]
 
