@@ -12,7 +12,7 @@ import pytest
 from clip_jax.errors import UserError
 from launch import benchmark
 from launch.benchmarking import compile_time, start
-from launch.benchmarking.clip import check_gradients, check_same
+from launch.benchmarking.clip import check_gradients, check_same, trained
 from launch.benchmarking.peers import NEW, Watch
 from launch.benchmarking.rows import Result, Row, Settings, Skipped, interleave, to_json, to_markdown, write
 from launch.benchmarking.turns import program, resident_mib
@@ -65,6 +65,17 @@ def test_sides_take_turns() -> None:
 
     found = interleave({"a": lambda: side("a"), "b": lambda: side("b")}, 2)
     assert calls == ["a", "b"] * 3 and found == {"a": [1, 3, 5], "b": [2, 4, 6]}
+
+
+def test_of_a_turn_of_steps_the_last_are_timed_and_all_losses_kept() -> None:
+    waits = iter([0.2, 0.2, 0.2, 0.01, 0.03])
+
+    def step() -> float:
+        time.sleep(wait := next(waits))
+        return wait
+
+    ran = trained(step)
+    assert 0.02 <= ran.seconds < 0.1 and ran.output.tolist() == [0.2, 0.2, 0.2, 0.01, 0.03]
 
 
 def test_what_differs_is_not_compared() -> None:

@@ -38,8 +38,13 @@ class Case:
     dtype: str = "float32"  # of activations; parameters and optimizer stay in float32
 
 
+# A turn is of steps one after the other, as a training takes them, and the last are counted: the first take memory anew
+# that the system took back while the other side had its turn.
+STEPS, COUNTED = 5, 2
+
+
 class Ran(NamedTuple):
-    """Of one turn; `output` is the embeddings, or of a step its loss."""
+    """Of one turn; `output` is the embeddings, or the losses of all steps, of which the last are timed."""
 
     seconds: float
     output: np.ndarray
@@ -145,6 +150,10 @@ def ours(directory: Path, case: Case) -> Callable[..., Any]:
     held = [params, state, jax.jit(optimizer.init)(params)]
     fast = jax.jit(step, donate_argnums=(0, 1, 2))
 
+    def one_step() -> Any:
+        *held[:], value = jax.block_until_ready(fast(*held, image, text))
+        return value
+
     def run_step(what: str = "turn") -> Any:
         if what == "flops":
             return products_flops(jax.make_jaxpr(step)(*held, image, text).jaxpr)
@@ -152,9 +161,7 @@ def ours(directory: Path, case: Case) -> Callable[..., Any]:
             return to_theirs(
                 their_names, jax.device_get({"params": optax.tree_utils.tree_get(held[2], "mu"), **held[1]})
             )
-        start = time.perf_counter()
-        *held[:], value = jax.block_until_ready(fast(*held, image, text))
-        return Ran(time.perf_counter() - start, np.asarray(value))
+        return trained(one_step)
 
     return run_step
 
@@ -201,10 +208,7 @@ def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Any]:
         weight_decay=OPTIMIZER["weight_decay"],
     )
 
-    def run_step(what: str = "turn") -> Any:
-        if what == "moments":
-            return {name: optimizer.state[p]["exp_avg"].cpu().numpy() for name, p in model.named_parameters()}
-        start = time.perf_counter()
+    def one_step() -> Any:
         optimizer.zero_grad(set_to_none=True)
         with precision:
             value = loss(*forward(image, text)[:3])
@@ -212,9 +216,23 @@ def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Any]:
         optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()
-        return Ran(time.perf_counter() - start, value.detach().float().cpu().numpy())
+        return value.detach().float().cpu()
+
+    def run_step(what: str = "turn") -> Any:
+        if what == "moments":
+            return {name: optimizer.state[p]["exp_avg"].cpu().numpy() for name, p in model.named_parameters()}
+        return trained(one_step)
 
     return run_step
+
+
+def trained(one_step: Callable[[], Any]) -> Ran:
+    """A turn of steps, each of which waits for its end."""
+    times, losses = [time.perf_counter()], []
+    for _ in range(STEPS):
+        losses.append(np.asarray(one_step()))
+        times.append(time.perf_counter())
+    return Ran((times[-1] - times[-1 - COUNTED]) / COUNTED, np.stack(losses))
 
 
 def rows(group: str, settings: Settings) -> Iterator[Result]:
@@ -259,7 +277,7 @@ def turns(name: str, directory: Path, case: Case, settings: Settings, *, compile
             peer: stack.enter_context(program(theirs, directory, case, compiled)),
         }
         limit = sides[OURS]("flops").result / matmul_rate(case.device, case.dtype)
-        found = interleave(sides, settings.rounds, warm_up=2 if case.kind == "step" else 1)
+        found = interleave(sides, settings.rounds)
         if case.kind == "step" and case.dtype == "float32":
             moments = {side: run("moments").result for side, run in sides.items()}
             check_gradients(f"{name}, beside {peer}", moments[OURS], moments[peer])

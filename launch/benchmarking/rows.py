@@ -75,16 +75,8 @@ Result = Row | Skipped
 Rows = Callable[[Settings], Iterator[Result]]
 
 
-def interleave(
-    sides: Mapping[str, Callable[..., Any]], rounds: int, *call: Any, warm_up: int = 1
-) -> dict[str, list[Any]]:
-    """What each side gives when called with `call`, in turns A B A B …: the last uncounted one, and `rounds` more.
-
-    `warm_up` turns are not counted; a side that holds gigabytes still takes them from the system in its second turn.
-    """
-    for _ in range(warm_up - 1):
-        for run in sides.values():
-            run(*call)
+def interleave(sides: Mapping[str, Callable[..., Any]], rounds: int, *call: Any) -> dict[str, list[Any]]:
+    """What each side gives when called with `call`, in turns A B A B …: one that is not counted, and `rounds` more."""
     found: dict[str, list[Any]] = {side: [] for side in sides}
     for _ in tqdm(range(rounds + 1), unit="turn", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()):
         for side, run in sides.items():
