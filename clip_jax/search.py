@@ -6,6 +6,7 @@ Dimension letters: Q queries, N rows of the file, C rows of a chunk, E width, k 
 import base64
 import functools
 import io
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ def faiss_on_cpu() -> ModuleType | None:
     """The library (the extra `search`) where it is installed and JAX's devices are CPUs."""
     if jax.default_backend() != "cpu":
         return None
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it says that it was loaded
     try:
         import faiss
     except ImportError:

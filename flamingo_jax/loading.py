@@ -216,7 +216,7 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], given: str | Path | None
     try:
         tokenizer = open_tokenizer(found, data.get("bos", BOS), data.get("pad"))
     except DataError as error:
-        raise DataError(f"{path}: its tokenizer: {error}; pass tokenizer=PATH") from None
+        raise DataError(f"{path}: its tokenizer: {error}; name one: tokenizer=PATH or --tokenizer PATH") from None
     if tokenizer.digest() != metadata["model"]["tokenizer"]["sha256"]:
         raise CheckpointError(f"{path}: {found} is not the tokenizer that it was trained with")
     return tokenizer

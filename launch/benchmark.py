@@ -11,11 +11,24 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from clip_jax.errors import UserError
 from launch.benchmarking import clip, compile_time, data, decode, gpu, loss, start
-from launch.benchmarking.rows import Result, Rows, Settings, Skipped, about_this_run, to_markdown, write
+from launch.benchmarking.rows import (
+    Result,
+    Row,
+    Rows,
+    Settings,
+    Skipped,
+    about_this_run,
+    put,
+    read_json,
+    to_markdown,
+    write,
+)
 
 ROWS: dict[str, Rows] = {
     **{group: partial(clip.rows, group) for group in clip.CASES},
@@ -44,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--rounds", type=int, default=5, help="turns that each side takes (default: %(default)s)")
     found.add_argument("--quick", action="store_true", help="small shapes and one turn: whether all runs, not how fast")
     found.add_argument("--json", metavar="FILE", help="the same figures, every turn's, as JSON")
+    found.add_argument("--add", action="store_true", help="keep the other rows that --json FILE has of an earlier run")
     found.add_argument("--plot", metavar="FILE.png", help="the ratios as a picture")
     found.add_argument("--table", metavar="FILE.md", help="the table, as printed")
     return found
@@ -57,8 +71,12 @@ def main() -> None:
     about, results = about_this_run(sys.argv[1:]), list[Result]()
     save = partial(write, results, about, arguments.json, arguments.plot, arguments.table)
     try:
+        if arguments.add and arguments.json:  # but for what says that a row now to be measured failed
+            results += [row for row in read_json(Path(arguments.json)) if row.name not in (arguments.row or DEFAULT)]
         save()  # before hours of measuring: can they be written?
-        failed = [name for name in arguments.row or DEFAULT if not measure(name, settings, results, save)]
+        failed = [
+            name for name in arguments.row or DEFAULT if not measure(name, settings, results, save, about["commit"])
+        ]
     except UserError as error:
         sys.exit(f"error: {error}")
     print(to_markdown(results, about))
@@ -66,7 +84,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def measure(name: str, settings: Settings, results: list[Result], save: Callable[[], None]) -> bool:
+def measure(name: str, settings: Settings, results: list[Result], save: Callable[[], None], commit: str = "") -> bool:
     """Whether all rows of that name were measured, each saved as it came; what fails is a row that says so."""
     rows = ROWS[name](settings)
     while True:
@@ -80,7 +98,7 @@ def measure(name: str, settings: Settings, results: list[Result], save: Callable
             ok = True
         if row is None:
             return True
-        results.append(row)
+        put(results, replace(row, commit=commit) if isinstance(row, Row) else row)
         print(f"{row.name}: {row.why if isinstance(row, Skipped) else f'{row.ratio:.2f}×'}", file=sys.stderr)
         save()
         if not ok:

@@ -10,12 +10,13 @@ python -m launch.prepare convert parquet:DIR --to tar:OUT         # any data set
 python -m launch.prepare features --config configs/flamingo/instruct.py --stream chats --output DIR \\
     --config.init.flamingo=RUN --config.data.mixture.chats.source=json:FILE   # what the frozen tower sees, once
 
-A subcommand is a module of launch/preparing/ with `add_parser(commands)`. Where it sets a default for `overrides`, the
-words that argparse does not know become that.
+Each prints what it did; with --json, in figures. A subcommand is a module of launch/preparing/. Where it sets a
+default for `overrides`, the words that argparse does not know become that.
 """
 
 import argparse
 import importlib
+import json
 import logging
 import pkgutil
 import sys
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
         module = importlib.import_module(f"{preparing.__name__}.{found.name}")
         if hasattr(module, "add_parser"):
             module.add_parser(commands)
+    for one in commands.choices.values():
+        one.add_argument("--json", action="store_true", help="print JSON: the same in figures")
     arguments, overrides = parser.parse_known_args(argv)
     if hasattr(arguments, "overrides"):
         arguments.overrides = overrides
@@ -42,9 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        arguments.run(arguments)
+        outcome = arguments.run(arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
+    print(json.dumps(outcome.figures) if arguments.json else outcome.text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ import pytest
 from clip_jax.errors import UserError
 from launch import benchmark
 from launch.benchmarking import compile_time, start
-from launch.benchmarking.clip import check_gradients, check_same, trained
+from launch.benchmarking.clip import check_gradients, check_same, turn_of
 from launch.benchmarking.peers import NEW, Watch
-from launch.benchmarking.rows import Result, Row, Settings, Skipped, interleave, to_json, to_markdown, write
+from launch.benchmarking.rows import Result, Row, Settings, Skipped, interleave, read_json, to_json, to_markdown, write
 from launch.benchmarking.turns import program, resident_mib
 
 ABOUT = {"machine": "two cores", "python": "3", "versions": {"jax": "1"}, "commit": "abc", "command": "python -m x"}
@@ -67,14 +68,14 @@ def test_sides_take_turns() -> None:
     assert calls == ["a", "b"] * 3 and found == {"a": [1, 3, 5], "b": [2, 4, 6]}
 
 
-def test_of_a_turn_of_steps_the_last_are_timed_and_all_losses_kept() -> None:
+def test_of_a_turn_the_last_batches_are_timed_and_all_outputs_kept() -> None:
     waits = iter([0.2, 0.2, 0.2, 0.01, 0.03])
 
     def step() -> float:
         time.sleep(wait := next(waits))
         return wait
 
-    ran = trained(step)
+    ran = turn_of(step)
     assert 0.02 <= ran.seconds < 0.1 and ran.output.tolist() == [0.2, 0.2, 0.2, 0.01, 0.03]
 
 
@@ -129,6 +130,33 @@ def test_one_row_that_fails_leaves_the_others_and_each_is_saved_as_it_comes(
     assert '- breaks: not run: failed: KeyError("a peer\'s")' in seen[1]
     assert "| loss: memory |" in table.read_text() and "| embedding |" in table.read_text()
     assert table.read_text() in capsys.readouterr().out
+
+
+def test_rows_measured_anew_take_the_place_of_the_old_and_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, (first, second, third) = tmp_path / "a.json", ROWS
+    assert isinstance(first, Row) and isinstance(second, Row)
+    earlier = [first, replace(second, commit="old"), third, Skipped("row", "failed: once")]
+    write(earlier, ABOUT, str(file), None, None)
+    assert read_json(file) == earlier
+
+    def row(settings: Settings) -> Iterator[Result]:
+        yield replace(first, ours=[1.0, 1.0, 1.0])
+        yield replace(first, peer="another")
+
+    monkeypatch.setattr(benchmark, "ROWS", {"row": row})
+    monkeypatch.setattr(benchmark, "about_this_run", lambda arguments: {**ABOUT, "commit": "new"})
+    monkeypatch.setattr("sys.argv", ["benchmark", "row", "--add", "--json", str(file)])
+    benchmark.main()
+    found = read_json(file)
+    assert [(one.name, getattr(one, "commit", None)) for one in found] == [
+        ("embedding", "new"), ("loss: memory", "old"), ("step", None), ("embedding", "new")]  # fmt: skip
+    assert isinstance(found[0], Row) and found[0].ours == [1.0, 1.0, 1.0]
+    assert "- by commit old: loss: memory (dense)\n" in capsys.readouterr().out
+    file.write_text("{}")
+    with pytest.raises(SystemExit, match="error: .*a.json: not what --json wrote"):
+        benchmark.main()
 
 
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(

@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,69 @@ def test_imported_parameters_make_a_checkpoint(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="no space left"):
         checkpoint.write(tmp_path / "new" / "other", {"params.tower": {"tower": tree}}, {})
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["imported"]
+
+
+@pytest.mark.parametrize(
+    "breaks", ["a file", "the manifest, for one process", "the frozen ones' manifest, for one process"]
+)
+def test_what_one_process_cannot_read_all_of_them_hear_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str
+) -> None:
+    """Three threads as three processes: none may wait for the others for ever."""
+    mesh = sharding.make_mesh()
+    with sharding.use_mesh(mesh):
+        value = make(mesh, frozen=("vision/",))[1](jax.random.key(0))
+    checkpointer = checkpoint.Checkpointer(tmp_path, 1)
+    checkpointer.save(value, 1, {})
+    checkpointer.wait()
+    path = checkpointer.path(1)
+    if breaks == "a file":
+        file = max((f for f in path.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+        file.write_bytes(file.read_bytes()[:-1])
+    who, said, meeting, read = threading.local(), [0] * 3, threading.Barrier(3), checkpoint._manifest
+
+    def gathered(number: int) -> list[int]:
+        said[who.rank] = number
+        meeting.wait(timeout=30)
+        return list(said)
+
+    def manifest(of: Path) -> dict[str, Any]:
+        wanted = {"the manifest": path, "the frozen ones' manifest": path.parent / checkpoint.FROZEN}
+        if who.rank == 1 and of == wanted.get(breaks.partition(",")[0]):
+            raise OSError(5, "Input/output error", str(of))
+        return read(of)
+
+    monkeypatch.setattr(jax, "process_index", lambda: who.rank)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(checkpoint, "gathered", gathered)
+    monkeypatch.setattr(checkpoint, "_manifest", manifest)
+
+    def verify(rank: int) -> str:
+        who.rank = rank
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.verify(path, together=True)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(3) as pool:
+        errors = list(pool.map(verify, range(3)))
+    assert sum("as another process sees it" in error for error in errors) == 2
+    if breaks == "a file":
+        assert all(error.startswith(str(file)) for error in errors)
+    else:
+        assert "Input/output error" in errors[1] and errors[0].startswith(str(path / checkpoint.MANIFEST))
+
+
+def test_a_checkpoint_half_removed_is_none_and_the_new_one_is_sound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuses)
+    save(tmp_path, sharding.make_mesh(), steps=(1, 2), keep=1)
+    checkpointer = checkpoint.Checkpointer(tmp_path / "checkpoints", 1)
+    assert checkpointer.steps() == [2] and checkpointer.path(1).is_dir()
 
 
 def test_only_so_many_are_kept(tmp_path: Path) -> None:

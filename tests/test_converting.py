@@ -56,6 +56,8 @@ def test_index_tells_rows_sizes_and_faults_and_goes_on(tmp_path: Path, capsys: p
     assert {path: path.stat().st_mtime_ns for path in before} == before
     out, _ = run(capsys, "index", f"tar:{bad_tar(tmp_path)}", "--workers", 1)
     assert "7 rows" in out and "1 rows can't be used: 1 unsafe_name" in out
+    figures = json.loads(run(capsys, "index", spec, "--workers", 1, "--json")[0])
+    assert figures == {"rows": 12, "bytes": size, "files": 3, "damaged": 0, "faults": {}}
 
 
 def test_a_bad_shard_is_named_and_left_out_only_with_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,6 +84,9 @@ def test_what_is_written_reads_back_the_same(kind: str, tmp_path: Path, capsys: 
     out, _ = run(capsys, "convert", f"tar:{path}", "--to", f"{kind}:{folder}", "--shard-size", 3, "--workers", 2)
     assert "3 of 7 rows written" in out and "3 shards" in out and "4 left out: " in out
     assert all(f"{count} {reason}" in out for reason, count in REASONS.items())
+    again = run(capsys, "convert", f"tar:{path}", "--to", f"{kind}:{folder}", "--shard-size", 3, "--json")[0]
+    figures = json.loads(again)
+    assert (figures["rows"], figures["written"], figures["shards"], figures["left_out"]) == (7, 3, 3, dict(REASONS))
     assert sorted(contents(folder)) == [f"0000{i}.{kind}" for i in range(3)]
     source = open_source(f"{kind}:{folder}")
     assert [(source[i].image, source[i].text) for i in range(len(source))] == [

@@ -310,7 +310,7 @@ def test_everything_equals_a_naive_account(folder: Path, tmp_path: Path, capsys:
     contents = {}
     for name, more in {
         "cap": ["--part", "50", "--shard-size", "40"],
-        "probability": ["--balance", "probability", "--match", "substring", "--seed", "5"],
+        "probability": ["--balance", "probability", "--match", "substring", "--seed", "5", "--json"],
     }.items():
         prepare.main([*arguments, "--output", str(tmp_path / name), *more])
         settings = Settings(
@@ -330,7 +330,10 @@ def test_everything_equals_a_naive_account(folder: Path, tmp_path: Path, capsys:
     assert sum(dropped.values()) + len(contents["cap"]) == len(pairs) == summary["steps"]["read"]
     assert summary["matches"]["kept"]["head"] < summary["matches"]["unique"]["head"]
     assert "data:image/png" in (tmp_path / "cap" / "report.html").read_text()
-    assert f"{len(contents['cap']):,} pairs that stay" in " ".join(capsys.readouterr().out.split())
+    *text, figures = capsys.readouterr().out.splitlines()
+    assert f"{len(contents['cap']):,} pairs that stay" in " ".join(" ".join(text).split())
+    other = json.loads((tmp_path / "probability" / "report.json").read_text())
+    assert json.loads(figures) == {key: other[key] for key in ("steps", "dropped")}
     tars = sorted((tmp_path / "cap" / "shards").glob("*.tar"))
     assert len(tars) == -(-len(contents["cap"]) // 40)
     assert {path.name for path in tmp_path.iterdir()} == {"queries.txt", "cap", "probability"}

@@ -235,7 +235,7 @@ def test_what_does_not_fit_is_one_line_before_anything_is_computed(our_run: Path
         (lambda: flamingo_jax.load(other), "a clip checkpoint; expected one of a Flamingo"),
         (lambda: flamingo_jax.load(none), "no finished checkpoint there"),
         (lambda: flamingo_jax.load(our_run, preprocess="clip"), "are for published weights only (idefics:PATH, open"),
-        (lambda: flamingo_jax.load(our_run, tokenizer=short), "no token <|bos|> in the vocabulary; pass tokenizer="),
+        (lambda: flamingo_jax.load(our_run, tokenizer=short), "no token <|bos|> in the vocabulary; name one: token"),
         (lambda: commands.import_model(str(our_run), none / "x"), "expected one of idefics:PATH, open_flamingo:PATH"),
         (lambda: commands.import_model(spec, tmp_path / "of", **given), "not empty; name a new directory"),
         (lambda: commands.export_model(our_run, "onnx", none / "x"), "'onnx': expected one of idefics, open_flamingo"),
@@ -374,6 +374,6 @@ def test_a_checkpoints_tokenizer_may_be_named_by_its_directory(tmp_path: Path) -
         "config": {"data": {"tokenizer": "nowhere.json"}}, "model": {"tokenizer": {"sha256": given.digest()}},
     }  # fmt: skip
     assert loading._tokenizer(Path("run"), metadata, tmp_path).digest() == given.digest()
-    with pytest.raises(DataError, match="none/tokenizer.json: not found.*; pass tokenizer=PATH"):
+    with pytest.raises(DataError, match="none/tokenizer.json: not found.*; name one: tokenizer=PATH"):
         (tmp_path / "none").mkdir()
         loading._tokenizer(Path("run"), metadata, tmp_path / "none")

@@ -92,6 +92,12 @@ def test_pages_clips_and_what_filters_leave_out(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert "5 of 5 records\n1 sound, 1 damaged, 3 left out\n" in printed
     assert "damaged: index out of range 1 (first: " in printed and "left out: too few images 3" in printed
+    inspected(tmp_path, f"mmc4:{tmp_path}/docs.jsonl#{tmp_path}?min_images=2", "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["records"], figures["sound"], figures["damaged"], figures["left_out"]) == (5, 1, 1, 3)
+    assert [(one["reason"], one["count"]) for one in figures["reasons"] if one["kind"] == "left out"] == [
+        ("too_few_images", 3)
+    ]
     assert [tag for tag, _ in page.tags].count("img") == 1 + 2  # the histograms, and the only page's
     assert page.text.index("Sentence 0.") < page.text.index("Sentence 1.")
 

@@ -1,6 +1,7 @@
 """`launch.prepare interleave`: what is written can be trained on, goes on after a kill, and stays in its folder."""
 
 import io
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -66,7 +67,10 @@ def test_html_becomes_pages_that_read_the_same(
     assert len(names) == (0 if tars else 5)  # one content, one file
 
     before = files(output)
-    prepare.main(["interleave", f"html:{site}", "--output", str(output), *more])
+    capsys.readouterr()
+    prepare.main(["interleave", f"html:{site}", "--output", str(output), *more, "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["written"], figures["read"], figures["source"]) == (7, 9, spec)
     assert files(output) == before
     (output / "counts" / "00001.json").unlink()  # as after a kill within the second shard
     (output / "pages-00001.jsonl").write_text("half a li")

@@ -115,7 +115,7 @@ def small_tokenizer(directory: Path) -> Path:
 
 
 def test_what_the_weights_do_not_say_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"hf_clip_gelu: no tokenizer there .*; pass tokenizer=PATH"):
+    with pytest.raises(ConfigError, match=r"hf_clip_gelu: no tokenizer there .*; name one: tokenizer=PATH"):
         clip_jax.load(f"hf:{ORACLES / 'hf_clip_gelu'}", preprocess="clip")
     with pytest.raises(ConfigError, match="has 4096 ids; this model has 99"):
         clip_jax.load(f"hf:{ORACLES / 'hf_clip_gelu'}", preprocess="clip", tokenizer=EMOJI_TOKENIZER)

@@ -67,7 +67,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
         assert str(tmp_path) in message and "\n" not in message
         return message
 
-    assert "no tokenizer there (tokenizer.json, tokenizer.model, vocab.json); pass tokenizer=" in refusal(tmp_path)
+    assert "no tokenizer there (tokenizer.json, tokenizer.model, vocab.json); name one: tokenizer=" in refusal(tmp_path)
     assert "not found; expected one of tokenizer.json" in refusal(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     assert "tokenizer.model: not a readable tokenizer (" in refusal(tmp_path)

@@ -6,7 +6,7 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from line_task import LineTask, config_of, run
+from line_task import BATCH, LineTask, config_of, run
 
+from clip_jax.data.pipeline import Stream
 from clip_jax.errors import CheckpointError, TrainingError
 from clip_jax.training import checkpoint
 from clip_jax.training.checkpoint import Checkpointer
@@ -45,6 +46,45 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("whole")
     run(workdir)
     return workdir
+
+
+class TwoInTurn(LineTask):
+    """Two streams that take turns, the second with the first's examples negated."""
+
+    schedule = "round_robin"
+
+    def __init__(self, during: Callable[[int], None] = lambda n: None) -> None:
+        super().__init__(during=during)
+        self.read: dict[str, set[int]] = {"a": set(), "b": set()}
+
+    def streams(self) -> Mapping[str, Stream]:
+        line = super().streams()["points"].element
+
+        def stream(name: str, sign: float) -> Stream:
+            def element(position: int) -> dict[str, np.ndarray]:
+                self.read[name].add(position // BATCH)
+                return {key: sign * value for key, value in line(position).items()}
+
+            return Stream(element, BATCH)
+
+        return {"a": stream("a", 1.0), "b": stream("b", -1.0)}
+
+
+def test_streams_in_turn_read_only_what_they_train_on(tmp_path: Path) -> None:
+    task, prefetch = TwoInTurn(), 2
+    run(tmp_path / "whole", task, steps=11, data__prefetch=prefetch)
+    assert set(range(6)) <= task.read["a"] <= set(range(6 + prefetch + 1))
+    assert set(range(5)) <= task.read["b"] <= set(range(5 + prefetch + 1))
+    for cut in (3, 8):
+
+        def stops(step: int, cut: int = cut) -> None:
+            if step == cut:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        workdir = tmp_path / str(cut)
+        assert int(run(workdir, TwoInTurn(stops), steps=11).step) == cut + 1
+        run(workdir, TwoInTurn(), steps=11)
+        assert facts(workdir) == facts(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("factor", [np.nan, np.inf, 1e30])

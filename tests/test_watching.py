@@ -65,7 +65,8 @@ def test_a_row_says_how_fast_and_what_was_predicted(tmp_path: Path, capsys: Any)
 
 def test_a_plan_of_something_else_is_not_compared(tmp_path: Path, caplog: Any) -> None:
     other = tmp_path / "other.json"
-    for content in ("[]", "{", '{"step_seconds": null}'):
+    wrong = [PLAN | {"chips": 0}, PLAN | {"batch": None}, {key: PLAN[key] for key in PLAN if key != "topology"}]
+    for content in ("[]", "{", '{"step_seconds": null}', *map(json.dumps, wrong)):
         other.write_text(content)
         with pytest.raises(ConfigError, match=r"plan .*other.json: "):
             run(tmp_path / "run", plan=str(other))
@@ -155,6 +156,8 @@ def test_weights_and_biases_gets_the_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert opened[0]["project"] == "emoji" and opened[0]["config"]["steps"] == 2
     run(tmp_path, steps=2, wandb__project="emoji")
     assert opened[1]["id"] == opened[0]["id"] and opened[1]["resume"] == "allow"
+    run(tmp_path / "other" / tmp_path.name, steps=2, wandb__project="emoji")
+    assert opened[2]["id"] != opened[0]["id"]
 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"pip install '.\[wandb\]'"):

@@ -6,6 +6,7 @@ positions s·B … s·B + B - 1. An epoch is a keyed permutation of the records.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -13,9 +14,12 @@ _MASK = (1 << 64) - 1
 _ROUNDS = 8  # with 4 (Grain's shuffle) neighbours stay visibly correlated
 
 
-def mix(*values: int) -> int:
-    """A well-mixed 64-bit hash of integers (the finaliser of SplitMix64 over each in turn)."""
-    h = 0
+def mix(*values: int, after: int = 0) -> int:
+    """A well-mixed 64-bit hash of integers (the finaliser of SplitMix64 over each in turn).
+
+    `after`: the hash of what stood before them, so that `mix(c, after=mix(a, b))` is `mix(a, b, c)`.
+    """
+    h = after
     for value in values:
         h = (h + value + 0x9E3779B97F4A7C15) & _MASK
         h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -24,17 +28,22 @@ def mix(*values: int) -> int:
     return h
 
 
+@lru_cache(maxsize=64)
+def _rounds(key: int) -> tuple[int, ...]:
+    return tuple(mix(key, r) for r in range(_ROUNDS))
+
+
 def permute(index: int, n: int, key: int) -> int:
     """The image of `index` under a permutation of range(n) drawn by `key`.
 
     A Feistel network on the smallest even number of bits that holds n; what falls outside is walked on.
     """
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    low = (1 << half) - 1
+    low, rounds = (1 << half) - 1, _rounds(key)
     while True:
         left, right = index >> half, index & low
-        for r in range(_ROUNDS):
-            left, right = right, left ^ (mix(key, r, right) & low)
+        for begun in rounds:
+            left, right = right, left ^ (mix(right, after=begun) & low)
         index = left << half | right
         if index < n:
             return index

@@ -71,7 +71,7 @@ def find_tokenizer(model: Imported, path: Path, given: str | None) -> str:
     text = model.config["text"]
     if model.family == "clip" and text["vocab_size"] == 49408:
         return "openai"
-    raise ConfigError(f"{path}: no tokenizer there ({', '.join(FILES)}); pass tokenizer=PATH")
+    raise ConfigError(f"{path}: no tokenizer there ({', '.join(FILES)}); name one: tokenizer=PATH or --tokenizer PATH")
 
 
 def open_tokenizer(spec: str, model: Imported) -> Tokenizer:

@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,9 @@ class Checkpointer:
     def _remove_old(self) -> None:
         for step in self.steps()[: -self._keep]:
             if not self._keep_every or step % self._keep_every:
-                shutil.rmtree(self.path(step))
+                with suppress(OSError):  # what stays is no reason to call the new one failed
+                    (self.path(step) / MANIFEST).unlink()  # first: what is half removed is none
+                    shutil.rmtree(self.path(step))
 
     def _has_frozen(self) -> bool:
         """Whether an earlier save has saved the frozen items, as process 0 sees it."""
@@ -242,30 +245,34 @@ def verify(path: Path, items: Sequence[str] | None = None, *, together: bool = F
 
     Raises CheckpointError naming the first file that is missing or differs, in every process alike.
     """
+    here, count = (jax.process_index(), jax.process_count()) if together else (0, 1)
+    damaged, first, files = None, -1, dict[Path, Mapping[str, Any]]()
+    try:
+        files, first = _listed(path, items), 0
+        for first, (file, entry) in enumerate(files.items()):
+            if first % count == here:
+                _check_file(file, entry)
+    except (CheckpointError, OSError) as error:
+        damaged = error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: unreadable: {error}")
+    if count > 1:
+        every = gathered(first if damaged is not None else len(files))
+        if damaged is None and (first := min(every)) < len(files):
+            file = list(files)[first] if first >= 0 else path / MANIFEST
+            damaged = CheckpointError(f"{file}: damaged, as another process sees it")
+    if damaged is not None:
+        raise damaged
+
+
+def _listed(path: Path, items: Sequence[str] | None) -> dict[Path, Mapping[str, Any]]:
+    """The files of some items, or of all, with the frozen ones beside them → what the manifests say of them."""
     manifest = _manifest(path)
-    expected = _files(path, manifest, items)
-    frozen = [name for name in manifest["frozen"]["items"] if items is None or name in items]
-    if frozen:
+    found = _files(path, manifest, items)
+    if frozen := [name for name in manifest["frozen"]["items"] if items is None or name in items]:
         directory = path.parent / FROZEN
         if not (directory / MANIFEST).is_file() or _digest(directory / MANIFEST) != manifest["frozen"]["sha256"]:
             raise CheckpointError(f"{directory}: missing or changed; {path / MANIFEST} refers to its {frozen[0]}")
-        expected |= _files(directory, _manifest(directory), frozen)
-    files = list(expected)
-    if not (together and jax.process_count() > 1):
-        for file in files:
-            _check_file(file, expected[file])
-        return
-    first = len(files)
-    for i in range(jax.process_index(), len(files), jax.process_count()):
-        try:
-            _check_file(files[i], expected[files[i]])
-        except CheckpointError:
-            first = i
-            break
-    first = int(np.min(multihost_utils.process_allgather(np.int32(first))))
-    if first < len(files):
-        _check_file(files[first], expected[files[first]])
-        raise CheckpointError(f"{files[first]}: damaged, as another process sees it")
+        found |= _files(directory, _manifest(directory), frozen)
+    return found
 
 
 def _files(path: Path, manifest: Mapping[str, Any], items: Sequence[str] | None) -> dict[Path, Mapping[str, Any]]:

@@ -130,9 +130,18 @@ class _Run:
     cut_short: bool = False  # an evaluation was
 
     def batches(self, start: int) -> Iterator[tuple[train_state.Batches, Reading]]:
-        """A batch of every stream on the devices, one step transferred ahead, and what its reading was like here."""
+        """A batch of every stream on the devices, one step transferred ahead, and what its reading was like here.
+
+        Where streams take turns, a batch stays until its stream had its turn: nothing is read in vain.
+        """
         data, where, streams = self.config.data, sharding.batch_sharding(self.mesh), self.task.streams()
         sizes = {name: stream.batch_size for name, stream in streams.items()}
+        period = train_state.period(self.task)
+
+        def turns(number: int, step: int) -> int:
+            """Of that stream, before `step`."""
+            return (step + period - 1 - number % period) // period
+
         read = {
             name: Batches(
                 stream.element,
@@ -141,17 +150,22 @@ class _Run:
                 data.threads,
                 data.prefetch,
                 data.get("workers", 0),
-            ).read(start, self.config.steps)
-            for name, stream in streams.items()
+            ).read(first := turns(number, start), max(turns(number, self.config.steps), first + 1))
+            for number, (name, stream) in enumerate(streams.items())
         }
 
         def placed() -> Iterator[tuple[train_state.Batches, Reading]]:
-            for parts in zip(*read.values(), strict=True):
-                arrays = {name: dict(part.arrays) for name, part in zip(read, parts, strict=True)}
-                for part in arrays.values():
-                    part.pop("rejected", None)
-                batch = {name: sharding.put_batch(part, where, sizes[name]) for name, part in arrays.items()}
-                yield batch, Reading.of(parts)
+            batches: dict[str, Mapping[str, jax.Array]] = {}
+            for step in range(start, self.config.steps):
+                parts = []
+                for number, name in enumerate(read):
+                    used = name not in batches or (step - 1 - number) % period == 0  # by the step before
+                    if not used or (part := next(read[name], None)) is None:  # or it has no turn any more
+                        continue
+                    parts.append(part)
+                    arrays = {key: value for key, value in part.arrays.items() if key != "rejected"}
+                    batches[name] = sharding.put_batch(arrays, where, sizes[name])
+                yield dict(batches), Reading.of(parts)
 
         ahead = None
         for current in placed():

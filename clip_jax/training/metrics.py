@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -178,9 +179,13 @@ def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError:
         raise ConfigError(f"wandb.project {project!r}: the package is missing: pip install '.[wandb]'") from None
-    # An id that the workdir determines: a run that is started again goes on with its curves.
+    kept = workdir / "wandb_id"  # a run that is started again goes on with its curves
+    if not kept.is_file():
+        write_atomically(kept, secrets.token_hex(8))
     name = "-".join(workdir.absolute().parts[-2:])
-    return wandb.init(project=project, id=name, name=name, dir=str(workdir), config=dict(config), resume="allow")
+    return wandb.init(
+        project=project, id=kept.read_text().strip(), name=name, dir=str(workdir), config=dict(config), resume="allow"
+    )
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

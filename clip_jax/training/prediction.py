@@ -30,7 +30,9 @@ def read_prediction(path: str, workdir: Path, batch: Mapping[str, int], devices:
         plan = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"plan {file}: not what launch.plan --json writes ({error})") from None
-    if not isinstance(plan, dict) or any(not isinstance(plan.get(key), int | float) for key in MEASURED):
+    kinds = {"batch": dict, "chips": int, "topology": str} | dict.fromkeys(MEASURED, int | float)
+    whole = isinstance(plan, dict) and all(isinstance(plan.get(key), kind) for key, kind in kinds.items())
+    if not whole or plan["chips"] < 1:
         raise ConfigError(f"plan {file}: expected the plan of a step that fits, as launch.plan --json FILE writes it")
     if plan["batch"] != dict(batch) or devices % plan["chips"]:
         logging.warning("%s is for %s on %d chips; this run has %s on %d devices: not compared",

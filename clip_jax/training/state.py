@@ -178,8 +178,12 @@ def train_step_fn(task: Task, optimizer: optax.GradientTransformation, seed: int
 
 def examples_of_a_step(task: Task) -> float:
     """How many a step trains on, all streams together; where they take turns, the mean over a round."""
-    sizes = [stream.batch_size for stream in task.streams().values()]
-    return sum(sizes) / (len(sizes) if task.schedule == "round_robin" else 1)
+    return sum(stream.batch_size for stream in task.streams().values()) / period(task)
+
+
+def period(task: Task) -> int:
+    """After how many steps a stream has its turn again: 1 where every step draws from all."""
+    return len(task.streams()) if task.schedule == "round_robin" else 1
 
 
 def jit_train_step(step: Step, shardings: TrainState, mesh: Mesh) -> Step:

@@ -33,7 +33,8 @@ def read_tokenizer(path: str | Path, begins: bool | None = None) -> TextTokenize
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
-            raise DataError(f"{path}: no tokenizer there ({', '.join(FILES)}); pass tokenizer=PATH")
+            there = f"{path}: no tokenizer there ({', '.join(FILES)})"
+            raise DataError(f"{there}; name one: tokenizer=PATH or --tokenizer PATH")
         path = found[0]
     if not path.is_file():
         raise DataError(f"{path}: not found; expected one of {', '.join(FILES)}")

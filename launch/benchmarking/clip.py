@@ -38,13 +38,13 @@ class Case:
     dtype: str = "float32"  # of activations; parameters and optimizer stay in float32
 
 
-# A turn is of steps one after the other, as a training takes them, and the last are counted: the first take memory anew
-# that the system took back while the other side had its turn.
-STEPS, COUNTED = 5, 2
+# A turn is so many batches one after the other, as in use, and the last are counted: the first take memory anew that
+# the system took back while the other side had its turn.
+BATCHES, COUNTED = 5, 2
 
 
 class Ran(NamedTuple):
-    """Of one turn; `output` is the embeddings, or the losses of all steps, of which the last are timed."""
+    """Of one turn; `output` is the embeddings of its batches, or the losses of its steps."""
 
     seconds: float
     output: np.ndarray
@@ -92,7 +92,7 @@ def inputs(directory: Path, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ours(directory: Path, case: Case) -> Callable[..., Any]:
-    """A turn; or, called with "flops", how many operations its products take; or with "moments", see `theirs`."""
+    """A turn; or, called with "flops", how many operations its products take; or with "gradient", see `theirs`."""
     import jax
     import ml_collections
     import optax
@@ -123,9 +123,7 @@ def ours(directory: Path, case: Case) -> Callable[..., Any]:
         def run(what: str = "turn") -> Any:
             if what == "flops":
                 return products_flops(jax.make_jaxpr(embed)(variables, x).jaxpr)
-            start = time.perf_counter()
-            output = jax.block_until_ready(fast(variables, x))
-            return Ran(time.perf_counter() - start, np.asarray(output))
+            return turn_of(lambda: jax.block_until_ready(fast(variables, x)))
 
         return run
 
@@ -157,17 +155,18 @@ def ours(directory: Path, case: Case) -> Callable[..., Any]:
     def run_step(what: str = "turn") -> Any:
         if what == "flops":
             return products_flops(jax.make_jaxpr(step)(*held, image, text).jaxpr)
-        if what == "moments":
+        if what == "gradient":
+            one_step()
             return to_theirs(
                 their_names, jax.device_get({"params": optax.tree_utils.tree_get(held[2], "mu"), **held[1]})
             )
-        return trained(one_step)
+        return turn_of(one_step)
 
     return run_step
 
 
 def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Any]:
-    """A turn; or, called with "moments" after steps, what Adam holds of their gradients, by parameter."""
+    """A turn; or, called with "gradient", a step, and what Adam then holds of gradients, by parameter."""
     torch, _ = import_peers()
     import open_clip
     from open_clip.loss import ClipLoss
@@ -189,14 +188,11 @@ def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Any]:
         fast = wrap(model.encode_image if case.kind == "image" else model.encode_text)
         x = image if case.kind == "image" else text
 
-        def run() -> Ran:
-            start = time.perf_counter()
+        def embed() -> Any:
             with torch.inference_mode(), precision:
-                output = fast(x, normalize=True)
-            output = output.float().cpu()  # waits for it
-            return Ran(time.perf_counter() - start, output.numpy())
+                return fast(x, normalize=True).float().cpu()  # waits for it
 
-        return run
+        return lambda: turn_of(embed)
 
     model.train()
     forward, loss = wrap(model), ClipLoss()
@@ -219,20 +215,21 @@ def theirs(directory: Path, case: Case, compiled: bool) -> Callable[..., Any]:
         return value.detach().float().cpu()
 
     def run_step(what: str = "turn") -> Any:
-        if what == "moments":
+        if what == "gradient":
+            one_step()
             return {name: optimizer.state[p]["exp_avg"].cpu().numpy() for name, p in model.named_parameters()}
-        return trained(one_step)
+        return turn_of(one_step)
 
     return run_step
 
 
-def trained(one_step: Callable[[], Any]) -> Ran:
-    """A turn of steps, each of which waits for its end."""
-    times, losses = [time.perf_counter()], []
-    for _ in range(STEPS):
-        losses.append(np.asarray(one_step()))
+def turn_of(one: Callable[[], Any]) -> Ran:
+    """Of calls that each wait for their end: the mean time of the last, and what all returned."""
+    times, outputs = [time.perf_counter()], []
+    for _ in range(BATCHES):
+        outputs.append(np.asarray(one()))
         times.append(time.perf_counter())
-    return Ran((times[-1] - times[-1 - COUNTED]) / COUNTED, np.stack(losses))
+    return Ran((times[-1] - times[-1 - COUNTED]) / COUNTED, np.stack(outputs))
 
 
 def rows(group: str, settings: Settings) -> Iterator[Result]:
@@ -277,10 +274,10 @@ def turns(name: str, directory: Path, case: Case, settings: Settings, *, compile
             peer: stack.enter_context(program(theirs, directory, case, compiled)),
         }
         limit = sides[OURS]("flops").result / matmul_rate(case.device, case.dtype)
-        found = interleave(sides, settings.rounds)
         if case.kind == "step" and case.dtype == "float32":
-            moments = {side: run("moments").result for side, run in sides.items()}
-            check_gradients(f"{name}, beside {peer}", moments[OURS], moments[peer])
+            gradients = {side: run("gradient").result for side, run in sides.items()}
+            check_gradients(f"{name}, beside {peer}", gradients[OURS], gradients[peer])
+        found = interleave(sides, settings.rounds)
     tolerance = 2e-3 if case.dtype == "float32" else 0.05
     check_same(name, {side: [run.result.output for run in runs] for side, runs in found.items()}, tolerance)
     yield Row(name, peer, seconds(found[OURS]), seconds(found[peer]), case.goal, limit=limit,

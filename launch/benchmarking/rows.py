@@ -45,6 +45,7 @@ class Row:
     unit: str = "s"
     limit: float | None = None  # what no program goes below on this machine
     limit_name: str = ""
+    commit: str = ""  # that was measured
 
     def __post_init__(self) -> None:
         if not self.ours or len(self.ours) != len(self.theirs):
@@ -72,6 +73,17 @@ class Skipped:
 
 
 Result = Row | Skipped
+
+
+def put(results: list[Result], row: Result) -> None:
+    """In the place of the same row, or else as the last."""
+    for i, old in enumerate(results):
+        if old.name == row.name and getattr(old, "peer", None) == getattr(row, "peer", None):
+            results[i] = row
+            return
+    results.append(row)
+
+
 Rows = Callable[[Settings], Iterator[Result]]
 
 
@@ -111,10 +123,27 @@ def to_markdown(results: Sequence[Result], about: Mapping[str, Any]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     lines += [f"- {row.name}: not run: {row.why}" for row in results if isinstance(row, Skipped)]
+    others: dict[str, list[str]] = {}
+    for row in results:
+        if isinstance(row, Row) and row.commit not in ("", about["commit"]):
+            others.setdefault(row.commit, []).append(f"{row.name} ({row.peer})")
+    lines += [f"- by commit {commit}: {'; '.join(names)}" for commit, names in others.items()]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines += [f"\n{about['machine']}; Python {about['python']}, {versions}; commit {about['commit']};", ""]
     lines += [f"    {about['command']}", ""]
     return "\n".join(lines)
+
+
+def read_json(path: Path) -> list[Result]:
+    """The rows that `to_json` wrote. Raises UserError where the file is missing or another."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        return [
+            Skipped(**row) if "why" in row else Row(**{k: v for k, v in row.items() if k not in ("ratios", "met")})
+            for row in rows
+        ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not what --json wrote ({error})") from None
 
 
 def to_json(results: Sequence[Result], about: Mapping[str, Any]) -> str:

@@ -240,7 +240,7 @@ def model_flops(config: ml_collections.ConfigDict, build_task: BuildTask, device
             gradient_flops(task.loss, trainable, frozen, model_state, batch, key)
             for batch in abstract_batch(task, mesh).values()
         ]
-    return sum(each) // (len(each) if task.schedule == "round_robin" else 1)
+    return sum(each) // train_state.period(task)
 
 
 def without_recomputation(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

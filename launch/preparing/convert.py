@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from clip_jax.errors import DataError
+from launch.preparing import Outcome
 
 KINDS = ("tar", "array_record")
 
@@ -18,7 +19,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     from clip_jax.data.converting import convert
     from clip_jax.data.sources import storage
 
@@ -31,8 +32,10 @@ def run(arguments: argparse.Namespace) -> None:
         plan, counts = convert(arguments.spec, kind, folder, arguments.shard_size, arguments.workers)
     except OSError as error:  # a full disk, a folder of others
         raise DataError(f"--to {arguments.to}: {error.strerror or storage.first_line(error)}") from None
-    print(f"{arguments.to}: {counts.written:,} of {plan.rows:,} rows written, {counts.bytes / 1e9:,.3f} GB, "
-          f"{plan.shards:,} shards")  # fmt: skip
+    text = (f"{arguments.to}: {counts.written:,} of {plan.rows:,} rows written, {counts.bytes / 1e9:,.3f} GB, "
+            f"{plan.shards:,} shards")  # fmt: skip
     if counts.skipped:
         named = ", ".join(f"{count:,} {reason}" for reason, count in counts.skipped.most_common())
-        print(f"{counts.skipped.total():,} left out: {named}")
+        text += f"\n{counts.skipped.total():,} left out: {named}"
+    figures = {"rows": plan.rows, "written": counts.written, "bytes": counts.bytes, "shards": plan.shards}
+    return Outcome(text, figures | {"left_out": dict(counts.skipped)})

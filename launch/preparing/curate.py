@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from clip_jax.errors import UserError
+from launch.preparing import Outcome
 
 DESCRIPTION = """Chooses pairs as CLIP's paper does: those that a list of queries finds, at most so many for each;
 without duplicates; as WebDataset shards, with a report. An Apache Beam pipeline: options of Beam's own come after --.
@@ -45,7 +46,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run, overrides=[])
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     try:
         from clip_jax.data.curation import pipeline, queries, records, report, settings
     except ImportError as error:
@@ -84,10 +85,10 @@ def run(arguments: argparse.Namespace) -> None:
     pipeline.make_queries(chosen.queries, work, origin, arguments.runner, beam_options)
     stages = pipeline.curate(chosen, arguments.runner, beam_options)
     summary = report.write_report(chosen, stages)
-    for name, count in summary["steps"].items():
-        print(f"{count:12,} pairs {report.TITLES[name]}")
-    print("left out: " + ", ".join(f"{n:,} {name}" for name, n in summary["dropped"].items() if n))
-    print(f"wrote {chosen.shards} and {chosen.output}/report.html")
+    lines = [f"{count:12,} pairs {report.TITLES[name]}" for name, count in summary["steps"].items()]
+    lines.append("left out: " + ", ".join(f"{n:,} {name}" for name, n in summary["dropped"].items() if n))
+    lines.append(f"wrote {chosen.shards} and {chosen.output}/report.html")
+    return Outcome("\n".join(lines), {name: summary[name] for name in ("steps", "dropped")})
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from clip_jax.data import emoji, sources
 from flamingo_jax.data import text, wordnet
+from launch.preparing import Outcome
 
 
 def add_parser(commands: Any) -> None:
@@ -20,14 +21,13 @@ def add_parser(commands: Any) -> None:
         one.add_argument("--cache", type=Path, default=Path(".cache/npm"), help="where the packages are kept")
 
 
-def build_emoji(arguments: argparse.Namespace) -> None:
-    print_sizes(emoji.build(arguments.output, arguments.cache, arguments.size), "pictures")
+def build_emoji(arguments: argparse.Namespace) -> Outcome:
+    return sizes_of(emoji.build(arguments.output, arguments.cache, arguments.size), "pictures")
 
 
-def build_wordnet(arguments: argparse.Namespace) -> None:
-    print_sizes(wordnet.build(arguments.output, arguments.cache), "words")
+def build_wordnet(arguments: argparse.Namespace) -> Outcome:
+    return sizes_of(wordnet.build(arguments.output, arguments.cache), "words")
 
 
-def print_sizes(sizes: Mapping[str, int], unit: str) -> None:
-    for name, size in sizes.items():
-        print(f"{name:32} {size:8} {unit}")
+def sizes_of(parts: Mapping[str, int], unit: str) -> Outcome:
+    return Outcome("\n".join(f"{name:32} {size:8} {unit}" for name, size in parts.items()), {unit: dict(parts)})

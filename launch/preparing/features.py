@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from launch.preparing import Outcome
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("features", help="what a config's frozen vision tower makes of a data set's images")
@@ -15,7 +17,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run, overrides=[])
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     import jax
 
     from clip_jax.sharding import make_mesh
@@ -32,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
         task, arguments.stream, arguments.output, batch_size=arguments.batch_size, dtype=arguments.dtype
     )
     size = sum(file.stat().st_size for file in arguments.output.iterdir())
-    print(
+    text = (
         f"{arguments.output}: {manifest['images']:,} images of {manifest['records']:,} records ({manifest['missing']} "
         f"left out), {manifest['dtype']} {manifest['item']} each frame, {size / 1e6:,.1f} MB"
     )
+    return Outcome(text, {key: manifest[key] for key in ("images", "records", "missing")} | {"bytes": size})

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from clip_jax.data.sources import FORMATS, open_source, sharded, shards, storage
 from clip_jax.errors import DataError
+from launch.preparing import Outcome
 
 Named = tuple[str, str]  # a file, its version
 
@@ -29,7 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     kind, _, where = arguments.spec.partition(":")
     if kind not in FORMATS or not where:
         raise DataError(f"{arguments.spec!r}: expected KIND:FILES with KIND one of {', '.join(FORMATS)}")
@@ -59,11 +60,14 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         logging.disable(logging.NOTSET)
     size = sum(map(storage.size_of, stamps))
-    print(f"{arguments.spec}: {rows:,} rows, {size / 1e9:,.3f} GB, {len(files):,} files" +
-          (f", {damaged} of them damaged" if damaged else ""))  # fmt: skip
+    text = f"{arguments.spec}: {rows:,} rows, {size / 1e9:,.3f} GB, {len(files):,} files"
+    if damaged:
+        text += f", {damaged} of them damaged"
     if faults:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in faults.most_common())
-        print(f"{faults.total():,} rows can't be used: {reasons}")
+        text += f"\n{faults.total():,} rows can't be used: {reasons}"
+    figures = {"rows": rows, "bytes": size, "files": len(files), "damaged": damaged, "faults": dict(faults)}
+    return Outcome(text, figures)
 
 
 def look_through(named: Named, form: shards.Format, leave_out: bool) -> shards.Index | str:

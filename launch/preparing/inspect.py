@@ -11,11 +11,12 @@ import statistics
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clip_jax.errors import ConfigError, RecordError
+from launch.preparing import Outcome
 
 THUMBNAIL = 176  # pixels, of the longer side
 SHOWN_TEXT = 600  # characters of a text
@@ -34,7 +35,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     from clip_jax.files import write_atomically
 
     if arguments.records < 1 or arguments.shown < 0 or arguments.frames < 1:
@@ -45,10 +46,16 @@ def run(arguments: argparse.Namespace) -> None:
     findings = look(kind, arguments.spec, arguments.records, arguments.shown, arguments.frames, arguments.seed)
     write_atomically(arguments.output, page(findings))
     size = arguments.output.stat().st_size
-    print(f"wrote {arguments.output} ({size / 1e6:.1f} MB): {findings.read:,} of {findings.records:,} records")
-    print(f"{findings.sound:,} sound, {findings.of_kind('damaged')} damaged, {findings.of_kind('left out')} left out")
-    for reason in findings.reasons:
-        print(f"  {reason.kind}: {reason.words} {reason.count:,} (first: {reason.examples[0]})")
+    damaged, left_out = findings.of_kind("damaged"), findings.of_kind("left out")
+    lines = [
+        f"wrote {arguments.output} ({size / 1e6:.1f} MB): {findings.read:,} of {findings.records:,} records",
+        f"{findings.sound:,} sound, {damaged} damaged, {left_out} left out",
+        *(f"  {one.kind}: {one.words} {one.count:,} (first: {one.examples[0]})" for one in findings.reasons),
+    ]
+    figures = {"records": findings.records, "read": findings.read, "sound": findings.sound, "damaged": damaged}
+    return Outcome(
+        "\n".join(lines), figures | {"left_out": left_out, "reasons": [asdict(one) for one in findings.reasons]}
+    )
 
 
 def kind_of(spec: str) -> str:

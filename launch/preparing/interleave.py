@@ -7,6 +7,7 @@ from typing import Any
 
 from clip_jax.errors import ConfigError
 from clip_jax.files import read_lines
+from launch.preparing import Outcome
 
 
 def add_parser(commands: Any) -> None:
@@ -27,7 +28,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     from flamingo_jax.data.interleaving import Job, write_pages, written_spec
 
     if bool(arguments.spec) == bool(arguments.from_pairs):
@@ -36,16 +37,18 @@ def run(arguments: argparse.Namespace) -> None:
     blocked = tuple(read_lines(arguments.blocked)) if arguments.blocked else ()
     job = Job(spec, arguments.shard_size, arguments.tars, blocked)
     counts = write_pages(job, arguments.output, arguments.workers)
-    print(
+    lines = [
         f"{arguments.output}: {counts['written']:,} pages with {counts['images']:,} images and "
-        f"{counts['characters']:,} characters, of {counts['read']:,} read"
-    )
-    print_reasons("pages left out", counts["left_out"])
-    print_reasons("images left out", counts["images_left_out"])
-    print(f"kind interleaved, source {written_spec(job, arguments.output)}")
+        f"{counts['characters']:,} characters, of {counts['read']:,} read",
+        *reasons("pages left out", counts["left_out"]),
+        *reasons("images left out", counts["images_left_out"]),
+        f"kind interleaved, source {(source := written_spec(job, arguments.output))}",
+    ]
+    return Outcome("\n".join(lines), {**counts, "source": source})
 
 
-def print_reasons(what: str, counts: Mapping[str, int]) -> None:
-    if counts:
-        listed = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in counts.items())
-        print(f"{what}: {sum(counts.values()):,} ({listed})")
+def reasons(what: str, counts: Mapping[str, int]) -> list[str]:
+    if not counts:
+        return []
+    listed = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in counts.items())
+    return [f"{what}: {sum(counts.values()):,} ({listed})"]
