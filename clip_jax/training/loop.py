@@ -166,6 +166,7 @@ class _Run:
                     arrays = {key: value for key, value in part.arrays.items() if key != "rejected"}
                     batches[name] = sharding.put_batch(arrays, where, sizes[name])
                 yield dict(batches), Reading.of(parts)
+            read.clear()  # what reads ends before the last evaluation begins
 
         ahead = None
         for current in placed():
