@@ -1,10 +1,12 @@
 """What the console scripts share: help with examples, completion, one clear line for an error, quiet libraries."""
 
 import argparse
+import contextlib
 import io
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
@@ -77,12 +79,29 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # names of files may be no valid Unicode
-    try:
+    with errors_in_one_line(arguments.debug):
         arguments.run(arguments)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(debug: bool = False) -> Iterator[None]:
+    """Ends the program with one line for an error that a user can mend: 1; and 130 for Ctrl-C.
+
+    `debug`: errors come with their trace.
+    """
+    try:
+        yield
     except UserError as error:
-        if arguments.debug:
+        if debug:
             raise
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # whoever read what is printed has enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         stop()
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from clip_jax.command_line import errors_in_one_line, positive
 from clip_jax.errors import UserError
 from launch.benchmarking import clip, compile_time, data, decode, gpu, loss, start
 from launch.benchmarking.rows import (
@@ -24,6 +25,7 @@ from launch.benchmarking.rows import (
     Settings,
     Skipped,
     about_this_run,
+    check_writable,
     put,
     read_json,
     to_markdown,
@@ -45,6 +47,12 @@ ASKED_FOR = ("compile-flamingo",)  # run only where named: it takes long
 DEFAULT = [name for name in ROWS if name not in ASKED_FOR]
 
 
+def row(name: str) -> str:
+    if name not in ROWS:
+        raise argparse.ArgumentTypeError(f"{name!r}: no such row; expected {', '.join(ROWS)}")
+    return name
+
+
 def parser() -> argparse.ArgumentParser:
     description, _, more = (__doc__ or "").partition("\n\n")
     found = argparse.ArgumentParser(
@@ -53,32 +61,40 @@ def parser() -> argparse.ArgumentParser:
         epilog=more,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("row", nargs="*", choices=[*ROWS, []], help=f"which: {', '.join(ROWS)}; by default all")
-    found.add_argument("--rounds", type=int, default=5, help="turns that each side takes (default: %(default)s)")
+    found.add_argument(
+        "row",
+        nargs="*",
+        type=row,
+        metavar="ROW",
+        help=f"which: {', '.join(ROWS)}; by default all but {', '.join(ASKED_FOR)}",
+    )
+    found.add_argument("--rounds", type=positive, default=5, help="turns that each side takes (default: %(default)s)")
     found.add_argument("--quick", action="store_true", help="small shapes and one turn: whether all runs, not how fast")
     found.add_argument("--json", metavar="FILE", help="the same figures, every turn's, as JSON")
     found.add_argument("--add", action="store_true", help="keep the other rows that --json FILE has of an earlier run")
     found.add_argument("--plot", metavar="FILE.png", help="the ratios as a picture")
+    found.add_argument("--debug", action="store_true", help="show where an error came from")
     found.add_argument("--table", metavar="FILE.md", help="the table, as printed")
     return found
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    top = parser()
+    arguments = top.parse_args()
+    if arguments.add and not arguments.json:
+        top.error("--add: expected --json FILE, whose rows are kept")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
-    settings = Settings(1 if arguments.quick else max(1, arguments.rounds), arguments.quick)
+    settings = Settings(1 if arguments.quick else arguments.rounds, arguments.quick)
     about, results = about_this_run(sys.argv[1:]), list[Result]()
     save = partial(write, results, about, arguments.json, arguments.plot, arguments.table)
-    try:
-        if arguments.add and arguments.json:  # but for what says that a row now to be measured failed
-            results += [row for row in read_json(Path(arguments.json)) if row.name not in (arguments.row or DEFAULT)]
-        save()  # before hours of measuring: can they be written?
+    with errors_in_one_line(arguments.debug):
+        if arguments.add:
+            results += read_json(Path(arguments.json))
+        check_writable(arguments.json, arguments.plot, arguments.table)  # before hours of measuring
         failed = [
             name for name in arguments.row or DEFAULT if not measure(name, settings, results, save, about["commit"])
         ]
-    except UserError as error:
-        sys.exit(f"error: {error}")
     print(to_markdown(results, about))
     if failed:
         sys.exit(1)
@@ -86,6 +102,7 @@ def main() -> None:
 
 def measure(name: str, settings: Settings, results: list[Result], save: Callable[[], None], commit: str = "") -> bool:
     """Whether all rows of that name were measured, each saved as it came; what fails is a row that says so."""
+    results[:] = [row for row in results if isinstance(row, Row) or row.group != name]
     rows = ROWS[name](settings)
     while True:
         try:
@@ -98,7 +115,7 @@ def measure(name: str, settings: Settings, results: list[Result], save: Callable
             ok = True
         if row is None:
             return True
-        put(results, replace(row, commit=commit) if isinstance(row, Row) else row)
+        put(results, replace(row, commit=commit) if isinstance(row, Row) else replace(row, group=name))
         print(f"{row.name}: {row.why if isinstance(row, Skipped) else f'{row.ratio:.2f}×'}", file=sys.stderr)
         save()
         if not ok:

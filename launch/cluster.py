@@ -35,12 +35,12 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
         raise ConfigError(f"joining the other processes: {str(error).splitlines()[0]}") from error
 
 
-def leave(message: str) -> NoReturn:
-    """Exits with 1 and a message. One of several processes takes no leave: it would wait for those that wait for it."""
+def leave(message: str, code: int = 1) -> NoReturn:
+    """Exits with a message. One of several processes takes no leave: it would wait for those that wait for it."""
+    print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
-        print(message, file=sys.stderr, flush=True)
-        os._exit(1)
-    sys.exit(message)
+        os._exit(code)
+    sys.exit(code)
 
 
 def how(environ: Mapping[str, str], has_tpu: bool) -> dict[str, Any] | None:

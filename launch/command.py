@@ -9,12 +9,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from clip_jax.command_line import STOPPED
 from clip_jax.errors import ConfigError, UserError
 from clip_jax.training.loop import flatten
 from launch import cluster
@@ -26,7 +27,10 @@ DEBUG = flags.DEFINE_boolean("debug", False, "Show where an error came from.")
 
 
 def run(main: Callable[..., Any], *, with_config: bool = False) -> None:
-    """Parses the flags and calls `main`, with the config where it takes one; exits with its outcome."""
+    """Parses the flags and calls `main`, with the config where it takes one; exits with its outcome.
+
+    0: done; 1: an error, in one line; 2: flags that are none; 130: stopped by Ctrl-C.
+    """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_of(sys.modules["__main__"].__doc__ or "", with_config))
         sys.exit()
@@ -51,6 +55,8 @@ def run(main: Callable[..., Any], *, with_config: bool = False) -> None:
             if DEBUG.value:
                 raise
             cluster.leave(f"error: {error}")
+        except KeyboardInterrupt:  # where no training is under way, which saves first
+            cluster.leave("stopped", STOPPED)
         except Exception:
             if not jax.distributed.is_initialized():
                 raise
@@ -88,10 +94,16 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[0]}")
+        refuse(str(error).strip().splitlines()[0])
     if len(rest) > 1:
-        sys.exit(f"error: {rest[1]!r} is no flag; every argument is --flag VALUE")
+        refuse(f"{rest[1]!r} is no flag; every argument is --flag VALUE")
     return rest
+
+
+def refuse(what: str) -> NoReturn:
+    """Exits with 2, as for arguments that are none."""
+    print(f"error: {what}", file=sys.stderr)
+    sys.exit(2)
 
 
 def check_overrides(argv: list[str]) -> None:
@@ -107,14 +119,14 @@ def check_overrides(argv: list[str]) -> None:
         return
     file = path.split(":")[0]
     if not Path(file).exists():
-        sys.exit(f"error: --config {file}: no such file")
+        refuse(f"--config {file}: no such file")
     known = load_config(path)
     keys = list(flatten(known.to_dict())) + [key for key, value in known.items() if isinstance(value, ConfigDict)]
     for key in overrides:
         base = key.split("[")[0]
         if base not in keys and not any(k.startswith(base + ".") for k in keys):
             near = difflib.get_close_matches(base, keys, n=1, cutoff=0.0)
-            sys.exit(f"error: --config.{key}: {file} has no such key; did you mean --config.{near[0]}?")
+            refuse(f"--config.{key}: {file} has no such key; did you mean --config.{near[0]}?")
 
 
 def load_config(path: str) -> ConfigDict:

@@ -14,13 +14,13 @@ import argparse
 import math
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
-from clip_jax.errors import ConfigError, UserError
+from clip_jax.command_line import errors_in_one_line
+from clip_jax.errors import ConfigError
 from launch.planning.hardware import Topology, parse
 
 # Names of node pools' accelerators, and of accelerator types.
@@ -33,21 +33,20 @@ GRACE_SECONDS = 600  # from SIGTERM to SIGKILL; longer than a save
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
-    try:
+    with errors_in_one_line(arguments.debug):
         topology = parse(arguments.topology, arguments.slices)
         check(arguments)
         if arguments.xpk:
             print(shlex.join(xpk(arguments, topology)))
         else:
             print(yaml.safe_dump(jobset(arguments, topology), sort_keys=False, width=110), end="")
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m launch.gke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    top.add_argument("--debug", action="store_true", help="show where an error came from")
     top.add_argument("--name", required=True, help="of the run")
     top.add_argument("--topology", required=True, help="of a slice: v5p:4x4x8, v5e:16x16, v5litepod-256, …")
     top.add_argument("--slices", type=int, default=1, help="default: 1")

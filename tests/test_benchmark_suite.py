@@ -137,7 +137,7 @@ def test_rows_measured_anew_take_the_place_of_the_old_and_others_stay(
 ) -> None:
     file, (first, second, third) = tmp_path / "a.json", ROWS
     assert isinstance(first, Row) and isinstance(second, Row)
-    earlier = [first, replace(second, commit="old"), third, Skipped("row", "failed: once")]
+    earlier = [first, replace(second, commit="old"), third, Skipped("row", "failed: once", "row")]
     write(earlier, ABOUT, str(file), None, None)
     assert read_json(file) == earlier
 
@@ -211,7 +211,7 @@ def test_the_command_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.parser().parse_args([]).row == []
     with pytest.raises(SystemExit):
         benchmark.parser().parse_args(["nothing"])
-    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+    assert "'nothing': no such row; expected embed, " in capsys.readouterr().err
 
 
 def test_steps_whose_compile_time_is_taken_differ_in_depth_alone() -> None:

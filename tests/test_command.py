@@ -20,18 +20,20 @@ def test_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
         "model.vision.widht": "model.vision.width",
     }
     for key, near in nearest.items():
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit, match="2"):
             command.check_overrides(["train", "--config", CONFIG, f"--config.{key}=1"])
-        assert f"--config.{key}: {CONFIG} has no such key; did you mean --config.{near}?" in str(stop.value)
+        expected = f"error: --config.{key}: {CONFIG} has no such key; did you mean --config.{near}?\n"
+        assert capsys.readouterr().err == expected
 
 
 def test_known_keys_pass() -> None:
     command.check_overrides(["train", f"--config={CONFIG}:debug", "--config.optimizer.lr=1", "--config.init.vision=x"])
 
 
-def test_a_missing_config_is_named() -> None:
-    with pytest.raises(SystemExit, match="nowhere.py: no such file"):
+def test_a_missing_config_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
         command.check_overrides(["train", "--config", "nowhere.py", "--config.seed=1"])
+    assert "nowhere.py: no such file" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="no such file"):
         command.load_config("nowhere.py")
 
@@ -59,14 +61,14 @@ def test_a_missing_config_is_named() -> None:
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(arguments: list[str], expected: str) -> None:
     done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == (2 if "--config.steps=many" in arguments else 1)
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ") and expected in line, done.stderr[-1000:]
     assert "Traceback" not in done.stderr
     assert not (ROOT / "x").exists()
 
 
-def test_overrides_change_a_config_as_the_flags_do() -> None:
+def test_overrides_change_a_config_as_the_flags_do(capsys: pytest.CaptureFixture[str]) -> None:
     file = "configs/flamingo/instruct.py:debug"
     config = command.config_with(file, ["--config.data.mixture.chats.source=json:a#b", "--config.frozen=('vision/',)"])
     assert config.data.mixture.chats.source == "json:a#b" and config.frozen == ("vision/",)
@@ -74,8 +76,9 @@ def test_overrides_change_a_config_as_the_flags_do() -> None:
         command.config_with(file, ["--stepz=3"])
     with pytest.raises(ConfigError, match="--config.steps=many: "):
         command.config_with(file, ["--config.steps=many"])
-    with pytest.raises(SystemExit, match="did you mean --config.steps"):
+    with pytest.raises(SystemExit, match="2"):
         command.config_with(file, ["--config.stepz=3"])
+    assert "did you mean --config.steps" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """The whole quickstart at toy scale, as a new user runs it."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,9 @@ from launch import quickstart
 STAGES = ("train clip", "evaluate clip", "train language_model", "train flamingo", "evaluate flamingo", "report")
 
 
-def run(workdir: Path) -> str:
+def run(workdir: Path, *more: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "launch.quickstart", "--mode", "debug", "--workdir", str(workdir)],
+        [sys.executable, "-m", "launch.quickstart", "--mode", "debug", "--workdir", str(workdir), *more],
         cwd=ROOT, env=environment(1) | {"JAX_COMPILATION_CACHE_DIR": str(CACHE)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -58,6 +61,7 @@ def test_the_quickstart_trains_evaluates_reports_and_knows_when_it_is_done(tmp_p
     assert model.metadata["step"] == 4 and np.isfinite(model.logits(model.params, batch)).all()
 
     trained = (tmp_path / "clip" / "metrics.jsonl").stat().st_mtime_ns
+    assert json.loads(run(tmp_path, "--json")) == summary  # and nothing else on stdout
     again = run(tmp_path)
     assert "\n".join(f"[{i}/6] {stage}: done" for i, stage in enumerate(STAGES, 1)) in again and "all done" in again
     assert (tmp_path / "clip" / "metrics.jsonl").stat().st_mtime_ns == trained
@@ -66,6 +70,34 @@ def test_the_quickstart_trains_evaluates_reports_and_knows_when_it_is_done(tmp_p
     third = run(tmp_path)
     assert "[5/6] evaluate flamingo: done" in third and "[6/6] report: python -m launch.report" in third
     assert json.loads((tmp_path / "summary.json").read_text())["clip"] == summary["clip"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_heard_by_the_training_which_saves(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.quickstart", "--mode", "debug", "--workdir", str(tmp_path)],
+        cwd=ROOT, env=environment(1) | {"JAX_COMPILATION_CACHE_DIR": str(CACHE)}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "clip" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == quickstart.STOPPED, errors[-2000:]
+    assert "[1/6] train clip: stopped with exit code 75; `make quickstart` goes on from here" in errors
+    assert "Traceback" not in errors and quickstart.newest_step(tmp_path / "clip") > 0
+
+
+def test_a_signal_to_the_quickstart_alone_is_passed_on(tmp_path: Path) -> None:
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    (tmp_path / "stage_that_waits.py").write_text(code)
+    stage = quickstart.Stage("wait", ("stage_that_waits",), lambda: False)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        assert quickstart.run(stage, tmp_path / "seconds.json") == -signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_seconds_add_up_over_interrupted_runs(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a row of the benchmark holds, and its table, JSON and plot."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -70,6 +71,7 @@ class Skipped:
 
     name: str
     why: str
+    group: str = ""  # the name that it is asked for by
 
 
 Result = Row | Skipped
@@ -217,6 +219,18 @@ def write(
             plot(results, about, Path(path))
     except OSError as error:
         raise UserError(f"{path}: not written: {error.strerror}") from None
+
+
+def check_writable(json_path: str | None, plot_path: str | None, table: str | None) -> None:
+    """Raises UserError where one of the files cannot be written. What stands there stays."""
+    if plot_path and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    for path in filter(None, (json_path, plot_path, table)):
+        try:
+            with Path(path).open("a"):
+                pass
+        except OSError as error:
+            raise UserError(f"{path}: not written: {error.strerror}") from None
 
 
 def about_this_run(arguments: Sequence[str]) -> dict[str, Any]:
