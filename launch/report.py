@@ -75,7 +75,8 @@ def write_report(workdir: Path) -> Path:
         "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
     }
     galleries = []
-    for name, spec in tqdm(config["data"]["evaluate"].items(), desc="report", unit="source", dynamic_ncols=True):
+    sources = config["data"]["evaluate"].items()
+    for name, spec in tqdm(sources, desc="report", unit="source", dynamic_ncols=True, disable=None):
         galleries.append(gallery(name, open_source(spec), shown[name]))
     asked = open_source(said_shown["source"])
     environment = jinja2.Environment(

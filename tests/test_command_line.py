@@ -1,6 +1,7 @@
-"""The console scripts: help, completion, exit codes, where an error came from."""
+"""The console scripts: help, completion, exit codes, where an error came from; quiet bars off a terminal."""
 
 import argparse
+import ast
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from clip_jax import cli as clip_cli
 from clip_jax.command_line import Parser, run
@@ -94,3 +96,22 @@ def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as exited:
         run(program(fail), ["run"])
     assert exited.value.code == 2 and "invalid choice: 'run'" in capsys.readouterr().err
+
+
+def test_bars_are_quiet_off_a_terminal_and_what_is_written_beside_them_has_a_stream() -> None:
+    bars, written = 0, 0
+    for path in (path for folder in ("clip_jax", "flamingo_jax", "launch") for path in (ROOT / folder).rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            named, where = {keyword.arg for keyword in call.keywords}, f"{path.relative_to(ROOT)}:{call.lineno}"
+            called = ast.unparse(call.func)
+            if called == "partial" and call.args:
+                called = ast.unparse(call.args[0])
+            if called in ("tqdm", "tqdm.tqdm"):
+                bars += 1
+                assert "disable" in named, f"{where}: without `disable`, logs fill with the bar"
+            elif called in ("tqdm.write", "bar.write"):
+                written += 1
+                assert "file" in named, f"{where}: without `file`, it spoils JSON on stdout"
+    assert bars > 10 and written > 5

@@ -67,7 +67,7 @@ def write_pages(job: Job, output: Path, workers: int = 1) -> dict[str, Any]:
     shards = -(-pages // job.shard_size)
     left = [shard for shard in range(shards) if not _counts_file(output, shard).is_file()]
     write = partial(write_shard, job, output)
-    progress = partial(tqdm, total=len(left), desc="interleave", unit="shard", dynamic_ncols=True)
+    progress = partial(tqdm, total=len(left), desc="interleave", unit="shard", dynamic_ncols=True, disable=None)
     if workers == 1:
         for shard in progress(left):
             write(shard)

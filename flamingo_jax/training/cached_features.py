@@ -1,5 +1,6 @@
 """Runs the frozen tower over a data set once: what `flamingo_jax.data.features` then reads instead of pixels."""
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,7 +59,7 @@ def prepare_features(
             clips = [decode(raw, part.frames, page.key) for raw in page.media]
             return [np.stack([transforms.evaluation_image(f, task.image_size) for f in clip]) for clip in clips]
         except RecordError as error:
-            tqdm.write(f"record left out: {error}")
+            tqdm.write(f"record left out: {error}", file=sys.stderr)  # stdout may be JSON
             return None
 
     def seen(images: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Tries meshes, rematerialisation and micro-batches of a config on a topology, and ranks what fits."""
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +31,12 @@ def search(config: ml_collections.ConfigDict, topology: Topology, build_task: Bu
     found: list[Result] = []
     choices = [mesh | policy for mesh in mesh_shapes(config, topology) for policy in remat_choices(config)]
     try:
-        for choice in tqdm(choices, desc="search", unit="choice", dynamic_ncols=True):
+        for choice in tqdm(choices, desc="search", unit="choice", dynamic_ncols=True, disable=None):
             for result in until_it_fits(config, choice, topology, build_task):
                 found.append(result)
-                tqdm.write(line(result))
+                tqdm.write(line(result), file=sys.stdout)
     except KeyboardInterrupt:
-        tqdm.write("stopped")
+        tqdm.write("stopped", file=sys.stdout)
     return sorted(found, key=order)
 
 
@@ -49,7 +50,7 @@ def until_it_fits(
         try:
             result = Result(choice | micro, compile_step(changed, topology, build_task))
         except ConfigError as error:  # a batch that does not divide, say
-            tqdm.write(f"{flags(choice | micro)}: {error}")
+            tqdm.write(f"{flags(choice | micro)}: {error}", file=sys.stdout)
             return
         yield result
         if result.plan.fits:

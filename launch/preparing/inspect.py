@@ -146,7 +146,7 @@ def look(kind: str, spec: str, records: int, shown: int, frames: int, seed: int)
     seen: set[tuple[str, bytes]] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of files that decode
-        for index in tqdm(drawn, desc="inspect", unit="record", dynamic_ncols=True):
+        for index in tqdm(drawn, desc="inspect", unit="record", dynamic_ncols=True, disable=None):
             findings.read += 1
             try:
                 _look_at(source[index], frames, findings, seen, len(findings.shown) < shown)
