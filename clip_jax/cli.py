@@ -57,7 +57,9 @@ def parser() -> Parser:
     classify.add_argument(
         "--labels", required=True, help="names with commas between, a text file of one a line, or `imagenet`"
     )
-    classify.add_argument("--templates", default="{}", help="openai80, openai7, a text with {} or a file of one a line")
+    classify.add_argument(
+        "--templates", default="{}", help="openai80, openai7, a text with {} or a file of one a line; default: {}"
+    )
 
     search = command("search", search_command, "Searches a file of embeddings by texts and images; compares every row.")
     search.add_argument("embeddings", type=Path, help="what `embed` wrote, with the same model")
@@ -155,6 +157,8 @@ def search_command(arguments: argparse.Namespace) -> None:
 
     if not arguments.text and not arguments.image:
         raise ConfigError("nothing to search by: give --text TEXT or --image IMAGE")
+    if arguments.html and not arguments.html.absolute().parent.is_dir():
+        raise ConfigError(f"--html {arguments.html}: no such folder")
     file = EmbeddingFile(arguments.embeddings)
     embedder = embedder_of(arguments)
     queries, embeddings = list(arguments.text), []

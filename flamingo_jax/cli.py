@@ -44,7 +44,7 @@ def parser() -> Parser:
         group = one.add_argument_group("of a model from elsewhere")
         group.add_argument("--language-model", metavar="SPEC", help="OpenFlamingo's: hf:DIR")
         group.add_argument(
-            "--vision", metavar="SPEC", help="OpenFlamingo's: open_clip:FILE,CONFIG.json, openai:FILE, hf:DIR"
+            "--vision", metavar="SPEC", help="OpenFlamingo's: open_clip:DIR (or FILE,CONFIG.json), openai:FILE, hf:DIR"
         )
         group.add_argument(
             "--norm-tokens",
@@ -63,13 +63,21 @@ def parser() -> Parser:
             "--max-new-tokens", type=positive, default=new_tokens, metavar="N", help=f"default: {new_tokens}"
         )
         group.add_argument("--temperature", type=float, default=0.0, help="0, the default: always the most likely word")
-        group.add_argument("--top-k", type=int, default=0, metavar="N", help="draw from the N most likely only")
         group.add_argument(
-            "--top-p", type=float, default=1.0, metavar="P", help="draw from the most likely, of probability P together"
+            "--top-k", type=int, default=0, metavar="N", help="draw from the N most likely; default: from all"
+        )
+        group.add_argument(
+            "--top-p",
+            type=float,
+            default=1.0,
+            metavar="P",
+            help="draw from the most likely, of probability P together; default: 1",
         )
         group.add_argument("--seed", type=int, default=0, help="of what is drawn; default: 0")
-        group.add_argument("--beams", type=positive, default=1, metavar="N", help="search with N beams")
-        group.add_argument("--length-penalty", type=float, default=1.0, help="of beams; above 1: longer texts")
+        group.add_argument("--beams", type=positive, default=1, metavar="N", help="search with N beams; default: 1")
+        group.add_argument(
+            "--length-penalty", type=float, default=1.0, help="of beams; default: 1; above: longer texts"
+        )
         group.add_argument(
             "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated"
         )

@@ -298,6 +298,7 @@ def empty_tar() -> bytes:
         (["search", "MODEL", "DIR/garbage.parquet", "--text", "x"], "garbage.parquet: not a file of embeddings"),
         (["search", "MODEL", "DIR/other.safetensors", "--text", "x"], "other.safetensors: not a file of embeddings"),
         (["search", "MODEL", "EMBEDDED"], "nothing to search by: give --text TEXT or --image IMAGE"),
+        (["search", "MODEL", "EMBEDDED", "--text", "a", "--html", "no/where.html"], "--html no/where.html: no such"),
         (["classify", "MODEL", "PICTURES", "--labels", ","], "--labels: at least one expected"),
         (["classify", "MODEL", "PICTURES", "--labels", "a", "--templates", "b"], "templates 'b': expected openai80"),
         (["classify", "MODEL", "PICTURES/broken.jpg", "--labels", "a"], "not one of 1 images could be read"),
