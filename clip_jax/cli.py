@@ -112,6 +112,7 @@ def embed_command(arguments: argparse.Namespace) -> None:
 def classify_command(arguments: argparse.Namespace) -> None:
     from clip_jax.data.images import open_images
     from clip_jax.evaluation import prompts, zero_shot
+    from clip_jax.progress import brief
 
     if arguments.labels == "imagenet":
         labels = prompts.imagenet_classes()
@@ -124,11 +125,11 @@ def classify_command(arguments: argparse.Namespace) -> None:
     templates, images = prompts.get_templates(arguments.templates), open_images(arguments.source)
     embedder = embedder_of(arguments)
 
-    def encode(texts: Sequence[str]) -> Any:
-        return embedder.texts(texts, arguments.long_texts)
+    def encode(texts: Sequence[str]) -> Any:  # every template with every label: as many as a data set's
+        with brief(total=len(texts), desc="texts", unit=" texts") as bar:
+            return embedder.texts(texts, arguments.long_texts, bar.update)
 
-    embeddings, rows, rejected = embedder.images(images)
-    report_rejected(rejected, len(images))
+    embeddings, rows = embedded(embedder, images)
     classes = zero_shot.class_embeddings(encode, labels, templates)
     report_cut(embedder)
     top, probabilities = zero_shot.top_probabilities(embeddings, classes, embedder.logit_scale(), arguments.top)
@@ -166,9 +167,7 @@ def search_command(arguments: argparse.Namespace) -> None:
         embeddings.append(embedder.texts(queries, arguments.long_texts))
         report_cut(embedder)
     for spec in arguments.image:
-        asked = open_images(spec)
-        rows, keys, rejected = embedder.images(asked)
-        report_rejected(rejected, len(asked))
+        rows, keys = embedded(embedder, open_images(spec))
         embeddings.append(rows)
         queries += [key for key, _ in keys]
     found = search_file(embedder, file, queries, np.concatenate(embeddings), arguments.top)
@@ -189,12 +188,21 @@ def rerank_command(arguments: argparse.Namespace) -> None:
     embedder = embedder_of(arguments)
     (query,) = embedder.texts([arguments.text], arguments.long_texts)
     report_cut(embedder)
-    embeddings, rows, rejected = embedder.images(images)
-    report_rejected(rejected, len(images))
+    embeddings, rows = embedded(embedder, images)
     scores = embeddings @ query
     order = np.argsort(-scores, kind="stable")[: arguments.top]
     keys, indices = [rows[i][0] for i in order], [rows[i][1] for i in order]
     print_found([Found(arguments.text, keys, indices, [round(float(scores[i]), 4) for i in order])], arguments.json)
+
+
+def embedded(embedder: Any, images: Any) -> tuple[Any, Any]:
+    """(embeddings, (key, index) of each row), with a bar; names the images that are left out."""
+    from clip_jax.progress import brief
+
+    with brief(total=len(images), desc="images", unit=" images") as bar:
+        embeddings, rows, rejected = embedder.images(images, progress=bar.update)
+    report_rejected(rejected, len(images))
+    return embeddings, rows
 
 
 def report_cut(embedder: Any) -> None:

@@ -90,8 +90,12 @@ class Embedder:
                     progress(len(batch))
         return np.concatenate(embeddings) if embeddings else np.zeros((0, 0), np.float32), rows, rejected
 
-    def texts(self, texts: Sequence[str], long_texts: str = "truncate") -> np.ndarray:
+    def texts(
+        self, texts: Sequence[str], long_texts: str = "truncate", progress: Callable[[int], Any] | None = None
+    ) -> np.ndarray:
         """[N, E] float32. `long_texts`: cut them (the tokenizer counts them), refuse them, or average their windows.
+
+        `progress` is called after each batch, with how many texts it was; where windows are averaged, about so many.
 
         Raises RecordError for a text that is empty, huge, no valid Unicode or, where it is refused, too long.
         """
@@ -103,14 +107,20 @@ class Embedder:
         tokenizer = self.loaded.tokenizer
         if long_texts == "average":
             windows = tokenizer.windows(texts)
-            every = self._batches(self._text, np.concatenate(windows))
+            every = self._batches(self._text, np.concatenate(windows), progress, len(texts))
             ends = np.cumsum([len(w) for w in windows])[:-1]
             return _unit(np.stack([part.mean(axis=0) for part in np.split(every, ends)]))
-        return self._batches(self._text, tokenizer(texts, overflow="error" if long_texts == "refuse" else "truncate"))
+        rows = tokenizer(texts, overflow="error" if long_texts == "refuse" else "truncate")
+        return self._batches(self._text, rows, progress, len(texts))
 
-    def _batches(self, encode: Any, rows: np.ndarray) -> np.ndarray:
-        starts = range(0, len(rows), self.batch_size)
-        return np.concatenate([self._embed(encode, rows[i : i + self.batch_size]) for i in starts])
+    def _batches(self, encode: Any, rows: np.ndarray, progress: Callable[[int], Any] | None, count: int) -> np.ndarray:
+        found, done = [], 0
+        for i in range(0, len(rows), self.batch_size):
+            found.append(self._embed(encode, rows[i : i + self.batch_size]))
+            if progress is not None:
+                before, done = done, min(i + self.batch_size, len(rows)) * count // len(rows)
+                progress(done - before)
+        return np.concatenate(found)
 
     def _embed(self, encode: Any, rows: np.ndarray) -> np.ndarray:
         padded = np.pad(rows, [(0, self.batch_size - len(rows))] + [(0, 0)] * (rows.ndim - 1), mode="edge")
@@ -198,11 +208,10 @@ def _embed_parts(embedder: Embedder, source: Images | Texts, parts: Path, plan: 
             if isinstance(source, Texts):
                 some = list(source.texts[start : start + count])
                 try:
-                    embeddings, rejected = embedder.texts(some, plan["long_texts"]), list[str]()
+                    embeddings, rejected = embedder.texts(some, plan["long_texts"], bar.update), list[str]()
                 except RecordError as error:
                     raise RecordError(f"{plan['source']}, counted from item {start}: {error}") from None
                 rows = [(text, start + i) for i, text in enumerate(some)]
-                bar.update(count)
             else:
                 embeddings, rows, rejected = embedder.images(source, range(start, start + count), bar.update)
             with replacing(paths[start]) as temporary:

@@ -26,6 +26,7 @@ from clip_jax.data.transforms import read_image
 from clip_jax.embedding import Embedder, EmbeddingFile
 from clip_jax.errors import ConfigError, DataError, RecordError
 from clip_jax.files import write_atomically
+from clip_jax.progress import brief
 
 CHUNK = 65_536  # rows on all devices at once
 
@@ -149,7 +150,8 @@ def search_file(
         raise DataError(f"{file.path}: was made with another model (its sha256 is {made_with})")
     if file.width != embeddings_QxE.shape[1]:
         raise DataError(f"{file.path}: embeddings of width {file.width}; this model's have {embeddings_QxE.shape[1]}")
-    scores, rows = nearest(embeddings_QxE, file.chunks(CHUNK), k, embedder.mesh, faiss=faiss_on_cpu())
+    with brief(file.chunks(CHUNK), total=-(-len(file) // CHUNK), desc="search", unit="chunk") as chunks:
+        scores, rows = nearest(embeddings_QxE, chunks, k, embedder.mesh, faiss=faiss_on_cpu())
     return [
         Found(
             query,

@@ -220,8 +220,9 @@ def evaluate_pairs(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) ->
     with sharding.use_mesh(mesh):
         evaluate_source = task.evaluator(*restore(task, path), mesh)
         for name, spec in tqdm(
-            config.data.evaluate.items(), desc="evaluate", unit="source", dynamic_ncols=True, disable=None
-        ):
+            config.data.evaluate.items(), desc="evaluate", unit="source", dynamic_ncols=True,
+            disable=jax.process_index() > 0 or None,
+        ):  # fmt: skip
             found[name] = evaluate_source(open_source(spec))
     sources = {name: evaluation.figures for name, evaluation in found.items()}
     return {"sources": sources}, {name: predictions(evaluation) for name, evaluation in found.items()}

@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import faiss
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
 
 from clip_jax import sharding
 from clip_jax.cli import main
@@ -322,3 +324,33 @@ def test_what_is_wrong_is_one_line(
     assert str(stop.value).startswith("error: ") and expected in str(stop.value), stop.value
     assert "\n" not in str(stop.value)
     assert not list(Path().glob("x.*"))
+
+
+def test_bars_count_every_image_text_and_chunk(
+    embedded: Path, model: str, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Shown(tqdm):
+        def __init__(self, *arguments: Any, **settings: Any):
+            assert settings["disable"] is None and not settings["leave"]
+            super().__init__(*arguments, **(settings | {"disable": False, "delay": 0}))
+
+        def close(self) -> None:
+            seen.append((self.desc, self.n, self.total))
+            super().close()
+
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("clip_jax.progress.tqdm", Shown)
+    paths = [str(path) for path in good_paths(pictures)[:2]]
+    long = "one two three four five " * 20
+
+    def bars(*arguments: Any) -> set[tuple[Any, ...]]:
+        seen.clear()
+        json.loads(run(capsys, *arguments, "--json", "--batch-size", 8))  # stdout has nothing else
+        return set(seen)
+
+    windows = ("--templates", f"{{}} {long}", "--long-texts", "average")
+    all_images = ("images", 12, 12)
+    assert bars("classify", model, pictures, "--labels", "a,b,c", *windows) == {all_images, ("texts", 3, 3)}
+    assert bars("rerank", model, pictures, "--text", "a") == {all_images}
+    found = bars("search", model, embedded, "--image", paths[0], "--image", paths[1])
+    assert found == {("images", 1, 1), ("search", 1, 1)}

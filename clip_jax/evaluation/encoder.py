@@ -15,6 +15,7 @@ from clip_jax.data.preprocess import Preprocess
 from clip_jax.data.sources import PairSource
 from clip_jax.errors import DataError
 from clip_jax.loading import Loaded
+from clip_jax.progress import brief
 
 
 def nothing() -> None:
@@ -42,9 +43,10 @@ class Encoder:
         """(rows [len, E], good [len] bool: which records decode). Raises DataError where none does."""
         found, good = [], []
         batches = evaluation_batches(source, self.preprocess, self.batch_size, self._rows(), self.threads)
-        for batch, ok in batches:
-            found.append(self._embed(batch))
-            good.append(self._everywhere(ok))
+        with brief(batches, total=-(-len(source) // self.batch_size), desc="images", unit="batch") as bar:
+            for batch, ok in bar:
+                found.append(self._embed(batch))
+                good.append(self._everywhere(ok))
         everywhere = np.concatenate(good)[: len(source)]
         if not everywhere.any():
             raise DataError(f"not one of {len(source)} images could be read; see the warnings above")
@@ -55,7 +57,8 @@ class Encoder:
         ids = self.tokenize(texts)
         padded = np.pad(ids, [(0, -len(ids) % self.batch_size), (0, 0)], mode="edge")
         starts = range(0, len(padded), self.batch_size)
-        return np.concatenate([self._embed({"text": padded[s + self._rows()]}) for s in starts])[: len(texts)]
+        with brief(starts, total=len(starts), desc="texts", unit="batch") as bar:
+            return np.concatenate([self._embed({"text": padded[s + self._rows()]}) for s in bar])[: len(texts)]
 
     def _rows(self) -> np.ndarray:
         return sharding.local_rows(sharding.batch_sharding(self.mesh), self.batch_size)

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from clip_jax.progress import brief
+
 
 def over_hosts(compute: Callable[[slice], np.ndarray], parts: Sequence[slice], length: int) -> np.ndarray:
     """[length] int32, of which `compute(part)` gives each part: every part by one process, all known to all.
@@ -26,7 +28,9 @@ def read_over_hosts(read: Callable[[int], Any], length: int) -> list[Any]:
     `read` returns what JSON can hold; tuples come back as lists.
     """
     index, count = jax.process_index(), jax.process_count()
-    mine = np.frombuffer(json.dumps([read(i) for i in range(index, length, count)]).encode(), np.uint8)
+    indices = range(index, length, count)
+    with brief(indices, total=len(indices), desc="read", unit=" records") as bar:
+        mine = np.frombuffer(json.dumps([read(i) for i in bar]).encode(), np.uint8)
     sizes = np.ravel(multihost_utils.process_allgather(np.int32(len(mine))))
     padded = np.pad(mine, (0, int(sizes.max()) - len(mine)))
     everyone = np.asarray(multihost_utils.process_allgather(padded, tiled=False)).reshape(count, -1)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from clip_jax.errors import ConfigError, DataError
 from clip_jax.evaluation.hosts import over_hosts, parts_of
+from clip_jax.progress import brief
 
 COARSE = tuple(float(e) for e in range(-6, 7, 2))  # powers of ten of the inverse regularisation, tried first
 FINEST = 1 / 8  # of a power of ten: the paper's 96 values
@@ -67,27 +69,34 @@ def linear_probe(
         raise DataError("training split: one class only; expected at least two")
 
     sweep: dict[float, float] = {}
+    step = (exponents[1] - exponents[0]) / 2 if len(exponents) > 1 else 0.0
+    halvings = 0
+    while step / 2**halvings >= finest:
+        halvings += 1
 
-    def try_all(asked: Sequence[float]) -> None:
+    def try_all(asked: Sequence[float], bar: tqdm, end: int) -> None:
+        """`end`: where the bar stands then, whoever made the fits and however many there were."""
         new = [exponent for exponent in asked if exponent not in sweep]
 
         def right(part: slice) -> np.ndarray:
             inverse = 10 ** new[part.start]
             predicted = fit_predict(features_NxD, labels_N, validation[0], inverse, max_iterations)
+            bar.update()
             return np.sum(predicted == validation[1])
 
         counts = over_hosts(right, parts_of(len(new), 1), len(new))
         sweep.update(zip(new, (counts / len(validation[1])).tolist(), strict=True))
+        bar.update(end - bar.n)
 
-    try_all(exponents)
-    best = max(exponents, key=sweep.__getitem__)
-    step = (exponents[1] - exponents[0]) / 2 if len(exponents) > 1 else 0.0
-    while step >= finest:
-        inside = [e for e in (best - step, best, best + step) if exponents[0] <= e <= exponents[-1]]
-        try_all(inside)
-        best, step = max(inside, key=lambda e: (sweep[e], e == best)), step / 2
-    both = np.concatenate([features_NxD, validation[0]]), np.concatenate([labels_N, validation[1]])
-    predicted = fit_predict(*both, test[0], 10**best, max_iterations)
+    with brief(total=len(exponents) + 2 * halvings + 1, desc="probe", unit="fit") as bar:
+        try_all(exponents, bar, len(exponents))
+        best = max(exponents, key=sweep.__getitem__)
+        for done in range(halvings):
+            inside = [e for e in (best - step, best, best + step) if exponents[0] <= e <= exponents[-1]]
+            try_all(inside, bar, len(exponents) + 2 * (done + 1))
+            best, step = max(inside, key=lambda e: (sweep[e], e == best)), step / 2
+        both = np.concatenate([features_NxD, validation[0]]), np.concatenate([labels_N, validation[1]])
+        predicted = fit_predict(*both, test[0], 10**best, max_iterations)
     return Probe(
         inverse_regularisation=10**best,
         accuracy=accuracy(predicted, test[1]),

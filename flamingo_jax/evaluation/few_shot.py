@@ -144,8 +144,9 @@ def evaluate(
     total = sum(-(-size // config.batch_size) for size in sizes)
     variables = task.variables(params, state)
     with tqdm(
-        total=total, desc="evaluate", unit="batch", dynamic_ncols=True, disable=jax.process_index() > 0 or None
-    ) as bar:
+        total=total, desc="evaluate", unit="batch", dynamic_ncols=True, leave=None,  # below a trainer's bar it goes
+        disable=jax.process_index() > 0 or None,
+    ) as bar:  # fmt: skip
         responder = Responder(task, variables, mesh, config.batch_size, config.answer_tokens, bar, between)
         run = _Run(
             responder, pictures, Prompts(support, task.tokenizer, count, config.tokens, seed), tuple(config.shots), seed

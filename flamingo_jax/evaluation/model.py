@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from clip_jax import sharding
 from clip_jax.data import transforms
 from clip_jax.errors import ConfigError
+from clip_jax.progress import brief
 from flamingo_jax import decoding
 from flamingo_jax.data import prompts as written
 from flamingo_jax.data.documents import Media, Shape
@@ -130,8 +131,12 @@ class FlamingoModel:
         shape, preprocess = self._shape(prompts, new_tokens), self._loaded.preprocess
         rows = sharding.local_rows(self._where, self._batch_size)
         found = []
-        with ThreadPoolExecutor(self._threads) as pool, sharding.use_mesh(self._mesh):
-            for start in range(0, len(prompts), self._batch_size):
+        starts = range(0, len(prompts), self._batch_size)
+        with (
+            ThreadPoolExecutor(self._threads) as pool, sharding.use_mesh(self._mesh),
+            brief(starts, total=len(starts), desc="prompts", unit="batch") as bar,
+        ):  # fmt: skip
+            for start in bar:
                 some = [prompts[min(start + int(row), len(prompts) - 1)] for row in rows]  # the last one fills it up
                 list(pool.map(self._see, {e.image for prompt in some for e in prompt if e.image}))
                 documents = [self._written(prompt, self._see) for prompt in some]

@@ -15,6 +15,7 @@ from clip_jax.data.sources import Pair
 from clip_jax.errors import DataError
 from clip_jax.evaluation.encoder import embedding_encoder
 from clip_jax.loading import Loaded
+from clip_jax.progress import brief
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ def check_pictures(paths: Sequence[Path], threads: int = 4) -> None:
         transforms.read_image(pictures[i].image, pictures[i].key)
 
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(check, range(len(paths))):
-            pass
+        checked = pool.map(check, range(len(paths)))
+        with brief(checked, total=len(paths), desc="check pictures", unit=" pictures") as bar:
+            for _ in bar:
+                pass
 
 
 def embed_pictures(
