@@ -91,6 +91,7 @@ def errors_in_one_line(debug: bool = False) -> Iterator[None]:
     """
     try:
         yield
+        sys.stdout.flush()  # here, where it is heard that nobody reads it
     except UserError as error:
         if debug:
             raise

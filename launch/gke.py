@@ -21,13 +21,13 @@ import yaml
 
 from clip_jax.command_line import errors_in_one_line
 from clip_jax.errors import ConfigError
+from launch import STOPPED
 from launch.planning.hardware import Topology, parse
 
 # Names of node pools' accelerators, and of accelerator types.
 ACCELERATORS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice",
                 "v6e": "tpu-v6e-slice", "tpu7x": "tpu7x"}  # fmt: skip
 TYPES = {"v5e": "v5litepod"}
-STOPPED = 75  # EX_TEMPFAIL: what a run returns that was stopped before its last step
 GRACE_SECONDS = 600  # from SIGTERM to SIGKILL; longer than a save
 
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from clip_jax.files import write_atomically
-
-STOPPED = 75  # what a training exits with that was asked to stop: not 0, as the next stage must not begin
+from launch import STOPPED
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,8 @@ def run(stage: Stage, seconds_file: Path, output: TextIO | None = None) -> int:
     A training that is asked to stop saves first: Ctrl-C reaches it from the terminal, SIGTERM is passed on, and both
     are waited for.
     """
-    start, stopped = time.perf_counter(), os.environ | {"STOPPED_EXIT_CODE": str(STOPPED)}
+    start = time.perf_counter()
+    stopped = os.environ | {"STOPPED_EXIT_CODE": str(STOPPED)}  # not 0: the next stage must not begin
     process = subprocess.Popen([sys.executable, "-m", *stage.arguments], env=stopped, stdout=output)
     before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
     before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))

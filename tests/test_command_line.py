@@ -86,6 +86,37 @@ def test_debug_shows_where_it_came_from() -> None:
         run(program(fail), ["go", "--debug"])
 
 
+def test_what_the_system_refuses_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    def write(_: argparse.Namespace) -> None:
+        (tmp_path / "none" / "page.html").write_text("a page")
+
+    with pytest.raises(SystemExit) as exited:
+        run(program(write), ["go"])
+    assert exited.value.code == f"error: {tmp_path}/none/page.html: No such file or directory"
+    with pytest.raises(FileNotFoundError):
+        run(program(write), ["go", "--debug"])
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # held back until the end; and written on the way
+def test_a_reader_that_has_enough_is_no_error(lines: int) -> None:
+    code = f"""
+import argparse
+from clip_jax.command_line import Parser, run
+top = Parser("p", "What it is.")
+top.command("go", lambda arguments: print("word\\n" * {lines}), "Goes.")
+input()
+run(top, ["go"])
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert process.wait(timeout=60) == 1 and process.stderr.read() == b""
+
+
 def test_ctrl_c_exits_as_shells_do(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exited:
         run(program(interrupt), ["go"])

@@ -1,8 +1,10 @@
 """OpenAI's byte-pair encoding against open_clip's, and tokenizers that lie beside released weights."""
 
+import html
 import json
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import pytest
 import sentencepiece
@@ -10,7 +12,14 @@ import tokenizers
 from conftest import ORACLES
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from clip_jax.data.tokenizer import MAX_CHARACTERS, Tokenizer, clean_siglip, load_tokenizer, openai_tokenizer
+from clip_jax.data.tokenizer import (
+    MAX_CHARACTERS,
+    Tokenizer,
+    clean_openai,
+    clean_siglip,
+    load_tokenizer,
+    openai_tokenizer,
+)
 from clip_jax.errors import ConfigError, DataError, RecordError
 
 CASE = ORACLES / "tokenizer"
@@ -50,6 +59,24 @@ def test_hello_world_is_the_published_example(tokenizer: Tokenizer) -> None:
 
 def test_decode(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer("A  Photo of\na café &amp;amp; 日本!")[0]) == "a photo of a café & 日本 !"
+
+
+def test_plain_texts_are_cleaned_as_all_are() -> None:
+    """They go a shorter way, past ftfy and HTML's entities."""
+    rng = np.random.default_rng(0)
+    plain = ["".join(map(chr, rng.integers(32, 127, size=rng.integers(1, 60)))) for _ in range(2000)]
+    for text in [
+        *plain,
+        "a &amp; b",
+        "a &amp;amp; b",
+        "a\tb\r\nc",
+        "a\x1b[31mb",
+        "\x00a",
+        "caf\u00c3\u00a9",
+        "\u201ca\u201d",
+    ]:
+        whole = html.unescape(html.unescape(ftfy.fix_text(text)))
+        assert clean_openai(text) == " ".join(whole.split()).lower(), text
 
 
 def test_what_is_cut_is_counted(expected: dict[str, np.ndarray]) -> None:

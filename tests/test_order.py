@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clip_jax.data.order import Order, generator, group_by, permute
+from clip_jax.data.order import Order, generator, group_by, mix, permute
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 64, 1000])
@@ -79,6 +79,23 @@ def test_replacements_are_deterministic_and_in_range(groups: list[list[int]] | N
 def test_empty_source_is_refused(size: int, groups: list[list[int]] | None) -> None:
     with pytest.raises(ValueError, match="empty source"):
         Order(size, seed=0, groups=groups)
+
+
+def test_a_hash_may_be_begun_and_gone_on_with() -> None:
+    """The permutation keeps what its rounds begin with; it is the one that hashes all anew."""
+    assert mix(3, after=mix(1, 2)) == mix(1, 2, 3) != mix(1, 2, 4)
+
+    def plainly(index: int, n: int, key: int) -> int:
+        half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+        low = (1 << half) - 1
+        left, right = index >> half, index & low
+        for r in range(8):
+            left, right = right, left ^ (mix(key, r, right) & low)
+        found = left << half | right
+        return found if found < n else plainly(found, n, key)
+
+    for n, key in ((1, 0), (7, 5), (1000, 2**63), (10**9, 3)):
+        assert all(permute(i, n, key) == plainly(i, n, key) for i in range(0, n, max(1, n // 50)))
 
 
 def test_generator_depends_on_its_whole_key() -> None:

@@ -255,8 +255,8 @@ def verify(path: Path, items: Sequence[str] | None = None, *, together: bool = F
     except (CheckpointError, OSError) as error:
         damaged = error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: unreadable: {error}")
     if count > 1:
-        every = gathered(first if damaged is not None else len(files))
-        if damaged is None and (first := min(every)) < len(files):
+        mine = first if damaged is not None else len(files)
+        if (first := min(gathered(mine))) < mine:
             file = list(files)[first] if first >= 0 else path / MANIFEST
             damaged = CheckpointError(f"{file}: damaged, as another process sees it")
     if damaged is not None:
