@@ -49,11 +49,13 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--max-new-tokens", type=positive, default=48, metavar="N", help="of an answer; default: 48")
     searched = one.add_argument_group("what is searched")
     searched.add_argument(
-        "--images", default=IMAGES, metavar="SPEC",
-        help=f"a folder, a glob, a .tar file or a data source; default: {IMAGES}",
-    )  # fmt: skip
+        "--images", metavar="SPEC", help=f"a folder, a glob, a .tar file or a data source; default: {IMAGES}"
+    )
     searched.add_argument(
-        "--embeddings", type=Path, metavar="FILE", help="what `clip-jax embed` made of images with this CLIP"
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="instead of --images: what `clip-jax embed` made of images with this CLIP",
     )
     server = one.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="0.0.0.0: whoever reaches this machine; default: 127.0.0.1")
@@ -90,6 +92,11 @@ class Served(NamedTuple):
 def start(arguments: argparse.Namespace, folder: Path) -> Served:
     """Loads, compiles and serves what the arguments name; uploads lie in `folder`/uploads."""
     clip_spec, flamingo_spec = specs(arguments.clip, arguments.flamingo)
+    if arguments.embeddings and not clip_spec:
+        raise ConfigError(f"--embeddings {arguments.embeddings}: no CLIP to search it with; name one with --clip")
+    if arguments.embeddings and arguments.images is not None:
+        raise ConfigError("--embeddings and --images: one of them expected; the file names its images itself")
+    images = IMAGES if arguments.images is None else arguments.images
     try:
         import gradio  # noqa: F401
     except ImportError:
@@ -116,7 +123,7 @@ def start(arguments: argparse.Namespace, folder: Path) -> Served:
     if clip_spec:
         begun = time.perf_counter()
         loaded = load(clip_spec, **options(arguments.clip_option, "--clip-option", load))
-        clip = Clip(loaded, index, limits, arguments.images, arguments.embeddings, arguments.batch_size)
+        clip = Clip(loaded, index, limits, images, arguments.embeddings, arguments.batch_size)
         texts = f" and {len(clip.texts):,} texts" if clip.texts else ""
         logging.info(
             "CLIP %s: ready, with %s pictures%s to search (%.0f s, compilation included)",
@@ -132,7 +139,7 @@ def start(arguments: argparse.Namespace, folder: Path) -> Served:
         logging.info("Flamingo %s: ready (%.0f s, compilation included)", flamingo_spec, time.perf_counter() - begun)
     about = " · ".join(filter(None, (clip_spec and f"CLIP: {name_of(clip_spec)}",
                                      flamingo_spec and f"Flamingo: {name_of(flamingo_spec)}")))  # fmt: skip
-    built = page.build(clip, flamingo, examples or open_images(arguments.images), about)
+    built = page.build(clip, flamingo, examples or open_images(images), about)
     return Served(built, page.serve(built, uploads, limits, arguments.host, arguments.port), clip, flamingo)
 
 

@@ -34,7 +34,7 @@ from configs.clip import quickstart
 from launch import demo
 from launch.demonstration import page
 from launch.demonstration.flamingo_tabs import moved
-from launch.demonstration.uploads import Guard, Limits
+from launch.demonstration.uploads import MAX_FILES, Guard, Limits
 
 COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
 HOSTILE = {
@@ -239,6 +239,8 @@ def test_own_pictures_are_reranked_and_the_bad_named(
     order = np.argsort(-(direct(loaded, paths) @ direct_text(loaded, "a dog")), kind="stable")
     assert re.findall(r"<small>(.*?)</small>", grid) == [paths[i].name for i in order]
     assert line == f"<p>{HOSTILE['bomb.png']}</p>"
+    many = [sent(paths[0])] * (MAX_FILES + 1)
+    assert visitor.predict(many, "a dog", api_name="/rerank") == ("<p>65 pictures: 1 to 64 expected</p>", "")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -403,7 +405,10 @@ def test_a_chat_keeps_its_history_and_refuses_by_a_line(
     assert read.startswith(f"<image>Question: what? Answer: {first}<EOC>Question: so? Answer: ")
     assert [message["role"] for message in messages] == ["user", "user", "assistant", "user", "assistant"]
     long = {"text": "so? " * 600, "files": []}
-    assert "at most 1024 and 16 expected" in visitor.predict(long, api_name="/chat")[2]
+    assert (
+        "at most 1024 and 16 expected: forget the chat, or take pieces away"
+        in visitor.predict(long, api_name="/chat")[2]
+    )
 
 
 def test_what_the_command_lacks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,6 +422,14 @@ def test_what_the_command_lacks_is_one_line(tmp_path: Path, monkeypatch: pytest.
     assert given == {"preprocess": "clip", "image_size": 64, "allow": ("a", "b")}
     with pytest.raises(ConfigError, match=r"--clip-option int8=True: expected KEY=VALUE with KEY one of image_size, "):
         demo.options(["int8=True"], "--clip-option", load)
+
+    def start(*words: str) -> None:
+        demo.start(demo.parser().parse_args(words), tmp_path)
+
+    with pytest.raises(ConfigError, match=r"--embeddings a.safetensors: no CLIP to search it with; name one with --cl"):
+        start("--flamingo", "x", "--embeddings", "a.safetensors")
+    with pytest.raises(ConfigError, match=r"--embeddings and --images: one of them expected; the file names its image"):
+        start("--clip", "x", "--embeddings", "a.safetensors", "--images", demo.IMAGES)
 
 
 def test_a_port_that_is_taken_is_one_line(served: demo.Served, tmp_path: Path) -> None:

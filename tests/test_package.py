@@ -63,3 +63,16 @@ print(clip_jax.__file__)
     assert done.returncode == 0, done.stderr
     others, place = done.stdout.splitlines()
     assert others == "[]" and Path(place).is_relative_to(wheel)
+
+
+def test_importing_it_takes_below_two_seconds() -> None:
+    """Of the process's own time on a CPU, which other work on the machine does not count in."""
+    program = """
+import sys, time
+import clip_jax, flamingo_jax, clip_jax.cli, flamingo_jax.cli
+assert not {"tensorflow", "torch"} & set(sys.modules)
+print(time.process_time())
+"""
+    command = [sys.executable, "-c", program]
+    runs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(run.stdout) for run in runs) < 2

@@ -2,7 +2,7 @@
 
     python -m launch.train --config configs/clip/emoji_vit.py --workdir runs/emoji_vit
 
-`configs/clip/emoji_vit.py:debug` takes seconds.
+Cost: about 7 minutes on 2 shared CPU cores, for its 300 steps. `configs/clip/emoji_vit.py:debug` takes seconds.
 """
 
 import ml_collections

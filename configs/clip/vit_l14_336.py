@@ -7,8 +7,7 @@
 The largest model of arXiv 2103.00020; there it saw 336 pixels in its last epoch only, and 224 before. As it is, it fits
 on 128 v5p chips (29.8 of 95.7 GiB each) and on 256 v5e chips (14.4 of 15.75 GiB each), keeping no more than each
 block's input. `configs/clip/vit_l14_336.py:debug` takes seconds on a CPU, on the embedded emoji. On v5p:4x4x8: 7.1 d,
-$92,161 by the plan, at best. On v5p:4x4x8: 7.1 d, $92,161 by the plan, at best. On v5e:16x16: 10.1 d, $74,341 by the
-plan, at best.
+$92,161 by the plan, at best. On v5e:16x16: 10.1 d, $74,341 by the plan, at best.
 """
 
 import ml_collections

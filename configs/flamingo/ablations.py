@@ -32,7 +32,8 @@ here 12 of each kind (`interval` 2), in all as many as the LM has, which makes 3
 rows have the paper's number to within 0.06 billion, those with another tower to within 0.11.
 `model.resampler.latents` is another such field, without a row in the table.
 
-Cost: the paper's runs took 1.74 s a step for the baseline, on a pod. `ablations.py:vanilla,debug` takes seconds.
+Cost: that of Flamingo-3B, $3,891 for pages alone by the plan (see configs/README.md); in the paper a step of the
+baseline took 1.74 s. `ablations.py:vanilla,debug` takes seconds.
 """
 
 from typing import Any

@@ -124,7 +124,8 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     Needs `init.vision`, of a run of a CLIP config's debug, and `init.language_model` as small as this one's.
     """
     small, model = get_variant("debug"), config.model
-    tower = clip_variants.get_variant("debug-ViT" if model.vision.kind == "vit" else "debug-NFNet")
+    names = {"vit": "debug-ViT", "resnet": "debug-RN", "nfnet": "debug-NFNet"}
+    tower = clip_variants.get_variant(names[model.vision.kind])
     model.vision.update(tower.vision)
     model.embed_dim, model.activation = tower.embed_dim, tower.activation
     for key in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):

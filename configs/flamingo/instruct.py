@@ -7,8 +7,8 @@
 The source is a file of chats, an object a line or LLaVA's published array, with the folder of its images after "#". The
 loss is that of answers, and of the end after each. Sizes are those of SmolLM2-135M and the quickstart's tower: for
 another Flamingo set `model` and `data.tokenizer` to its own. Cost: a step holds as many tokens as one of `smollm2.py`,
-whose 500 steps take 35 minutes on 2 CPU cores; not measured. `configs/flamingo/instruct.py:debug` takes seconds. On
-v5e:1x1: 0.0 d, $0 by the plan, at best. On v5e:1x1: 0.0 d, $0 by the plan, at best.
+whose 500 steps take 33 minutes on 2 CPU cores; not measured. `configs/flamingo/instruct.py:debug` takes seconds. On
+v5e:1x1: 0.0 d, $0 by the plan, at best.
 """
 
 import ml_collections

@@ -6,20 +6,17 @@
 
 Needs the quickstart's CLIP and Flamingo in runs/quickstart, and the extra `import` for the first command. The resampler
 starts from the quickstart's: without it, losses with right and other images were the same after 240 steps. Cost: about
-35 minutes on 2 CPU cores. `configs/flamingo/smollm2.py:debug` takes seconds, with the debug models. On v5e:1x1: 0.0 d,
-$0 by the plan, at best. On v5e:1x1: 0.0 d, $0 by the plan, at best.
+33 minutes on 2 CPU cores. `configs/flamingo/smollm2.py:debug` takes seconds, on the `:debug` runs of the quickstart's
+CLIP and Flamingo, with a language model of the same kind as small. On v5e:1x1: 0.0 d, $0 by the plan, at best.
 """
 
 import ml_collections
 
-from configs.flamingo.common import emoji_data, flamingo_config, stream
-from configs.flamingo.quickstart import get_config as quickstart
+from configs.flamingo.common import debug, emoji_data, flamingo_config, stream
 from flamingo_jax.models.variants import get_variant
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    if arg == "debug":
-        return quickstart(arg)
     config = flamingo_config("emoji-SmolLM2-135M")
     emoji_data(config)
     config.model.resampler = get_variant("emoji").resampler
@@ -41,4 +38,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.mixture.pages = stream(images=4, frames=1, tokens=96, batch_size=8, weight=1.0)
     config.data.mixture.pairs = stream(images=1, frames=1, tokens=32, batch_size=8, weight=0.3)
     config.data.mixture.clips = stream(images=1, frames=4, tokens=32, batch_size=2, weight=0.1)
+    if arg == "debug":
+        config.model.resampler = get_variant("debug").resampler  # that of the quickstart's debug, to start from
+        return debug(config)
     return config

@@ -74,7 +74,7 @@ class Flamingo:
         if shape.tokens > MAX_TOKENS or shape.images > MAX_IMAGES:
             raise ConfigError(
                 f"a prompt of {len(prompt.ids(self.speaker.loaded.tokenizer))} tokens and {len(prompt.media)} images; "
-                f"at most {MAX_TOKENS} and {MAX_IMAGES} expected"
+                f"at most {MAX_TOKENS} and {MAX_IMAGES} expected: forget the chat, or take pieces away"
             )
         request = Request(prompt, shape, stop)
         with self._ready:

@@ -18,7 +18,7 @@ from clip_jax.errors import ConfigError, RecordError, UserError
 from clip_jax.evaluation import prompts, zero_shot
 from clip_jax.loading import Loaded
 from clip_jax.search import CHUNK, Found, faiss_on_cpu, nearest, search_file, thumbnails
-from launch.demonstration.uploads import Limits, Uploads
+from launch.demonstration.uploads import MAX_FILES, Limits, Uploads
 
 MAX_LABELS = 200
 MAX_RESULTS = 48
@@ -104,6 +104,8 @@ class Clip:
         (query,) = map(_value, self._queries([text]))
         if not paths:
             raise RecordError("no pictures yet: choose some first")
+        if len(paths) > MAX_FILES:
+            raise RecordError(f"{len(paths)} pictures: 1 to {MAX_FILES} expected")
         embeddings, rows, rejected = self._embedder(len(paths)).images(Uploads(paths, self.limits), progress=progress)
         scores = embeddings @ query if rows else np.zeros(0, np.float32)
         order = np.argsort(-scores, kind="stable")
