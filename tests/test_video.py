@@ -132,6 +132,15 @@ def test_damage_within_a_file_is_one_line_or_frames(mp4: Path) -> None:
     assert outcomes == {0, 4}
 
 
+def test_a_table_too_large_for_memory_is_a_damaged_file(mp4: Path) -> None:
+    """FFmpeg's error is a MemoryError, too, which the readers of data must not take for the machine's."""
+    data = bytearray(mp4.read_bytes())
+    count = data.find(b"stts") + 8  # of the table of durations
+    data[count : count + 4] = (2**28).to_bytes(4, "big")
+    with pytest.raises(RecordError, match="the video does not decode .Cannot allocate memory"):
+        read_clip(bytes(data), 1)
+
+
 def test_a_playlist_opens_nothing(tmp_path: Path, mp4: Path) -> None:
     """FFmpeg would follow the names in a playlist, over the network, too."""
     (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile://{mp4}\n#EXT-X-ENDLIST\n")

@@ -62,8 +62,9 @@ def read_frames(
             av.open(file, options={"format_whitelist": FORMATS}) as container,
         ):
             found, end = _shown(container, wanted, key)
-    except (RecordError, MemoryError):
+    except RecordError:
         raise
+    # FFmpeg's own want of memory, too: it is a damaged file's, which states more than there is.
     except (av.FFmpegError, OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise RecordError(f"{key}: the video does not decode ({reason})", reason="does_not_decode") from None
