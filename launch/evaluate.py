@@ -54,7 +54,8 @@ from flamingo_jax.training.flamingo_task import FlamingoTask
 from launch import command
 from launch.tasks import build_task
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run to evaluate.")
+# Flags that other commands define alike are allowed to: where one process imports both, absl keeps the later.
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run to evaluate.", allow_override=True)
 MODEL = flags.DEFINE_string("model", None, "With --data: a model as clip_jax.load names it, instead of --workdir.")
 DATA = flags.DEFINE_string("data", None, "A folder of class folders, a folder of images with captions, or KIND:WHERE.")
 TRAIN_DATA = flags.DEFINE_string("train-data", None, "What a linear probe is fitted to, named like --data.")
@@ -63,7 +64,6 @@ TASKS = flags.DEFINE_list("tasks", [], f"Of {', '.join(benchmark.TASKS)}; by def
 TEMPLATES = flags.DEFINE_string("templates", "a photo of a {}.", "openai80, openai7, a text with {} or a file of such.")
 CLASSES = flags.DEFINE_string("classes", None, "Names for the classes: `imagenet`, or a file of one a line.")
 OUTPUT = flags.DEFINE_string("output", None, "Directory for the results of --data.")
-# launch.plan's flag is the same: where both are imported, absl keeps one of them.
 JSON = flags.DEFINE_string("json", None, "File to write the same figures to.", allow_override=True)
 PREPROCESS = flags.DEFINE_enum("preprocess", None, ["clip", "siglip"], "Where no file beside the weights says it.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where none is beside the weights and it is not OpenAI's.")

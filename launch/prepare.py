@@ -26,7 +26,8 @@ from clip_jax.command_line import errors_in_one_line
 from launch import preparing
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, with what they `run`."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,6 +44,11 @@ def main(argv: list[str] | None = None) -> None:
         arguments.overrides = overrides
     elif overrides:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

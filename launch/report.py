@@ -26,7 +26,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the quickstart, with a run in clip/, language_model/, flamingo/."
+    "workdir",
+    None,
+    "Directory of the quickstart, with a run in clip/, language_model/, flamingo/.",
+    allow_override=True,
 )
 
 TITLES = {

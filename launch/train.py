@@ -23,7 +23,9 @@ from launch import command
 from launch.planning.ideal import ideal_seconds
 from launch.tasks import build_task
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, config.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run: checkpoints, metrics, config.", allow_override=True
+)
 
 
 def main(config: ml_collections.ConfigDict) -> None:
