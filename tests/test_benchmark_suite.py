@@ -12,7 +12,7 @@ import pytest
 
 from clip_jax.errors import UserError
 from launch import benchmark
-from launch.benchmarking import compile_time, start
+from launch.benchmarking import compile_time, flamingo_3b, start
 from launch.benchmarking.clip import check_gradients, check_same, turn_of
 from launch.benchmarking.peers import NEW, Watch
 from launch.benchmarking.rows import Result, Row, Settings, Skipped, interleave, read_json, to_json, to_markdown, write
@@ -183,6 +183,25 @@ def test_memory_that_a_turn_takes_is_seen() -> None:
     held = np.ones(2**24)
     assert before > 0 and resident_mib() - before > 100 and held.nbytes == 2**27
     assert resident_mib(peak=True) >= resident_mib() - 1
+
+
+@pytest.mark.slow
+def test_flamingo_alone_is_measured_by_what_the_device_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows for a GPU, shrunk, on a CPU; where there is no GPU they are named."""
+    rates = {"gpu_peak": 1e12, "matmul_rate": 1e11, "reading_rate": 1e10}
+    for name, rate in rates.items():
+        monkeypatch.setattr(flamingo_3b, name, lambda *_, rate=rate: rate)
+    step, prefill, decode = list(flamingo_3b.rows(Settings(2, quick=True), "cpu"))
+    assert [step.name, prefill.name, decode.name] == [
+        "Flamingo-3B, bf16: training step, 2 pages: MFU",
+        "Flamingo-3B, bf16: prefill, 4 shots, batch 1",
+        "Flamingo-3B, bf16: decode, 4 shots, batch 1",
+    ]
+    for row in (step, prefill, decode):
+        assert len(row.ours) == 2 and 0 < row.ratio < 1, row
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    skipped = list(benchmark.ROWS["gpu"](Settings(1)))
+    assert len(skipped) == 6 and all(isinstance(row, Skipped) and row.why == "no GPU" for row in skipped)
 
 
 def test_absent_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

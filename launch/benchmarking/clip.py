@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clip_jax.errors import UserError
-from launch.benchmarking.limits import matmul_rate, on_device
+from launch.benchmarking.limits import gpu_peak, matmul_rate, on_device
 from launch.benchmarking.peers import import_peers
 from launch.benchmarking.rows import OURS, Result, Row, Settings, Skipped, interleave, seconds
 from launch.benchmarking.turns import program
@@ -36,6 +36,7 @@ class Case:
     compiled: bool  # whether torch.compile is measured, too
     device: str = "cpu"  # or "gpu"
     dtype: str = "float32"  # of activations; parameters and optimizer stay in float32
+    mfu: float = 0.0  # the goal for the share of the GPU's peak, by its data sheet; 0: not measured
 
 
 # A turn is so many batches one after the other, as in use, and the last are counted: the first take memory anew that
@@ -273,15 +274,17 @@ def turns(name: str, directory: Path, case: Case, settings: Settings, *, compile
             OURS: stack.enter_context(program(on_device, case.device, ours, directory, case)),
             peer: stack.enter_context(program(theirs, directory, case, compiled)),
         }
-        limit = sides[OURS]("flops").result / matmul_rate(case.device, case.dtype)
+        flops = sides[OURS]("flops").result
         if case.kind == "step" and case.dtype == "float32":
             gradients = {side: run("gradient").result for side, run in sides.items()}
             check_gradients(f"{name}, beside {peer}", gradients[OURS], gradients[peer])
         found = interleave(sides, settings.rounds)
     tolerance = 2e-3 if case.dtype == "float32" else 0.05
     check_same(name, {side: [run.result.output for run in runs] for side, runs in found.items()}, tolerance)
-    yield Row(name, peer, seconds(found[OURS]), seconds(found[peer]), case.goal, limit=limit,
-              limit_name="bare matrix products")  # fmt: skip
+    times, limit = seconds(found[OURS]), flops / matmul_rate(case.device, case.dtype)
+    yield Row(name, peer, times, seconds(found[peer]), case.goal, limit=limit, limit_name="bare matrix products")
+    if case.mfu and compiled:
+        yield Row(f"{name}: MFU", "the GPU's peak", times, [flops / gpu_peak()] * len(times), case.mfu)
 
 
 def check_same(name: str, outputs: dict[str, list[np.ndarray]], tolerance: float = 2e-3) -> None:

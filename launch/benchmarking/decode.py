@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,32 +42,42 @@ def our_run(design: str, directory: Path) -> Run:
 
     from flamingo_jax import decoding
     from flamingo_jax.models.variants import build_flamingo
-    from launch.planning.model_flops import products_flops
 
     peer = importlib.import_module(f"launch.benchmarking.{design}")
     imported = peer.read(directory)
     model, variables = build_flamingo(imported.config), jax.device_put(decoding.unstack(imported.variables))
     del imported
     prepared = {batch: jax.device_put(peer.our_batch(batch)) for batch in BATCHES}
+    return lambda batch, turn=True: (speak if turn else needs)(model, variables, prepared[batch])
 
-    def run(batch: int) -> Said:
-        start = time.perf_counter()
-        logits, cache = jax.block_until_ready(decoding.read_prompts(model, variables, prepared[batch], NEW - 1))
-        read = time.perf_counter()
-        said, _ = jax.block_until_ready(decoding.resume(model, variables, logits, cache, max_new_tokens=NEW))
-        return Said(read - start, time.perf_counter() - read, np.asarray(said.tokens))
 
-    def needs(batch: int) -> Needs:
-        read = partial(decoding.prefill, model, room=NEW - 1)
-        params = variables["params"]
-        spoken = {name: params[name] for name in ("language_model", "gated", "extra_head")}
+def speak(model: Any, variables: Any, batch: Any) -> Said:
+    """Reads the prompts and says `NEW` tokens, greedily."""
+    import jax
+
+    from flamingo_jax import decoding
+
+    start = time.perf_counter()
+    logits, cache = jax.block_until_ready(decoding.read_prompts(model, variables, batch, NEW - 1))
+    read = time.perf_counter()
+    said, _ = jax.block_until_ready(decoding.resume(model, variables, logits, cache, max_new_tokens=NEW))
+    return Said(read - start, time.perf_counter() - read, np.asarray(said.tokens))
+
+
+def needs(model: Any, variables: Any, batch: Any) -> Needs:
+    import jax
+
+    from flamingo_jax import decoding
+    from launch.planning.model_flops import products_flops
+
+    read, params = partial(decoding.prefill, model, room=NEW - 1), variables["params"]
+    spoken = {name: params[name] for name in ("language_model", "gated", "extra_head") if name in params}
+    if not model.language_model.spec.tied:  # of an embedding by itself a token reads one row
         spoken["language_model"] = {k: v for k, v in spoken["language_model"].items() if k != "embedding"}
-        return Needs(
-            products_flops(jax.make_jaxpr(read)(variables, prepared[batch]).jaxpr),
-            sum(leaf.nbytes for leaf in jax.tree.leaves(spoken)),
-        )
-
-    return lambda batch, turn=True: run(batch) if turn else needs(batch)
+    return Needs(
+        products_flops(jax.make_jaxpr(read)(variables, batch).jaxpr),
+        sum(leaf.nbytes for leaf in jax.tree.leaves(spoken)),
+    )
 
 
 def rows(settings: Settings) -> Iterator[Result]:

@@ -3,21 +3,23 @@
 import shutil
 from collections.abc import Iterator
 
-from launch.benchmarking import clip, loss
+from launch.benchmarking import clip, flamingo_3b, loss
 from launch.benchmarking.clip import Case
 from launch.benchmarking.rows import Result, Settings, Skipped
 
 CASES = (
-    Case("ViT-L/14 training step, bf16", "ViT-L/14", "step", 128, 1.2, compiled=True, device="gpu", dtype="bfloat16"),
-    Case("ViT-B/32 image embedding, bf16", "ViT-B/32", "image", 512, 1.2, True, device="gpu", dtype="bfloat16"),
+    Case("ViT-L/14 training step, bf16", "ViT-L/14", "step", 128, 1.2, True, "gpu", "bfloat16", mfu=0.45),
+    Case("ViT-B/32 image embedding, bf16", "ViT-B/32", "image", 512, 1.2, True, "gpu", "bfloat16"),
 )
 EXAMPLES = 32768
 
 
 def rows(settings: Settings) -> Iterator[Result]:
     if shutil.which("nvidia-smi") is None:
-        for name in (*(case.name for case in CASES), f"contrastive loss and gradient, N = {EXAMPLES:,}"):
+        loss_name = f"contrastive loss and gradient, N = {EXAMPLES:,}"
+        for name in (*(case.name for case in CASES), loss_name, *flamingo_3b.NAMES):
             yield Skipped(f"{name}, on a GPU", "no GPU")
         return
     yield from clip.rows_of(CASES, settings)
     yield from loss.rows(settings, EXAMPLES, "gpu")
+    yield from flamingo_3b.rows(settings)

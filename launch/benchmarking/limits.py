@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from clip_jax.errors import UserError
 from launch.benchmarking.turns import program
 
 SIZE, TRIES = 2048, 5
@@ -14,6 +15,7 @@ SIZE, TRIES = 2048, 5
 def on_device(device: str, make: Callable[..., Any], *arguments: Any) -> Any:
     """`make(*arguments)` in a process whose JAX has this device alone: "cpu" or "gpu"."""
     os.environ["JAX_PLATFORMS"] = "cuda" if device == "gpu" else "cpu"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other side is on the same GPU
     return make(*arguments)
 
 
@@ -45,17 +47,36 @@ def matmul_rate(device: str = "cpu", dtype: str = "float32") -> float:
         return measure().result
 
 
-def _reading() -> Callable[[], float]:
+def _reading(dtype: str) -> Callable[[], float]:
     import jax
     import jax.numpy as jnp
 
-    matrix, vector = jnp.ones((2**14, 2**13), jnp.float32), jnp.ones(2**13)  # 512 MiB, more than any cache
+    matrix, vector = jnp.ones((2**14, 2**13), dtype), jnp.ones(2**13, dtype)  # 512 MiB or 256, more than any cache
     multiply = jax.jit(lambda a, b: a @ b)
     return lambda: _best(lambda: multiply(matrix, vector), matrix.nbytes)
 
 
 @functools.cache
-def reading_rate() -> float:
-    """Bytes a second of a float32 matrix that is multiplied with a vector, on all cores."""
-    with program(_reading) as measure:
+def reading_rate(device: str = "cpu", dtype: str = "float32") -> float:
+    """Bytes a second of a matrix that is multiplied with a vector, on all cores or on the first GPU."""
+    with program(on_device, device, _reading, dtype) as measure:
+        return measure().result
+
+
+def _peak() -> Callable[[], float]:
+    import jax
+
+    from launch.planning.ideal import peak_flops
+
+    kind = jax.devices()[0].device_kind
+    found = peak_flops(kind)
+    if found is None:
+        raise UserError(f"{kind}: its peak is not known (launch/planning/ideal.py)")
+    return lambda: found
+
+
+@functools.cache
+def gpu_peak() -> float:
+    """bfloat16 operations a second of the first GPU, by its data sheet: what utilisation (MFU) is a share of."""
+    with program(on_device, "gpu", _peak) as measure:
         return measure().result
