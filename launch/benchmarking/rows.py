@@ -192,7 +192,8 @@ def plot(results: Sequence[Result], about: Mapping[str, Any], path: Path) -> Non
     axes.set_yticks(range(len(rows)), [f"{row.name}\nbeside {row.peer}" for row in rows], fontsize=8)
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xlabel(f"the other's time or memory, divided by {OURS}'s: median, least and most of the turns")
-    axes.set_title(f"{about['machine']}; commit {about['commit']}", fontsize=9, loc="left")
+    commits = dict.fromkeys(row.commit or about["commit"] for row in reversed(rows))
+    axes.set_title(f"{about['machine']}; measured at {', '.join(commits)}", fontsize=9, loc="left")
     marks = [
         Patch(color=MET, label="goal met"),
         Patch(color=MISSED, label="missed"),
