@@ -19,6 +19,7 @@ from configs.flamingo.common import language_model_config
 from flamingo_jax.training.flamingo_task import FlamingoTask
 from flamingo_jax.training.language_model_task import LanguageModelTask
 from launch.command import load_config
+from launch.planning.report import dollars, duration
 from launch.planning.table import COLUMNS, ROWS, Row, read
 from launch.tasks import build_task
 
@@ -119,3 +120,20 @@ def test_a_recipe_says_what_the_table_says(row: Row) -> None:
     text = " ".join((ROOT / row.config.split(":")[0]).read_text().split('"""')[1].split())
     cells = dict(zip(COLUMNS, read(TABLE)[row.key], strict=True))
     assert f"On {row.topology}" in text and cells["run at best"] in text
+
+
+def test_the_readme_of_the_configs_says_what_the_table_says() -> None:
+    table, shown = read(TABLE), set()
+    for line in (ROOT / "configs" / "README.md").read_text().splitlines():
+        if match := re.fullmatch(r"\| \[(\S+)\]\(\S+\.py\) \| .* \| (.*) \| (.*) \| (.*) \| (.*) \|", line):
+            name, topology, step, memory, cost = match.groups()
+            cells = dict(zip(COLUMNS, table[name, topology], strict=True))
+            assert [step, memory] == [cells["batch"], f"{cells['memory on each chip']} of {cells['of']}"], line
+            assert cost == cells["run at best"], line
+            shown.add((name, topology))
+    assert shown == {row.key for row in ROWS if not row.overrides}
+
+
+def test_costs_are_said_in_units_that_suit_them() -> None:
+    assert [duration(x) for x in (11.6, 163, 6000, 86400 * 2.14)] == ["12 s", "2.7 min", "1.7 h", "2.1 d"]
+    assert [dollars(x) for x in (0.004, 0.054, 9.994, 92161.2)] == ["less than $0.01", "$0.05", "$9.99", "$92,161"]

@@ -8,7 +8,7 @@ The folder has a subfolder for each class, or captions beside the pictures; any 
 no two pictures are in a batch. `configs/clip/finetune.py:ViT-L/14` (any variant) is for another size, with
 `--config.data.tokenizer` and, for SigLIP, `--config.loss=sigmoid`. All is trained, at a hundredth of the rate from
 scratch; `--config.frozen="('vision/',)"` trains the text tower alone. `configs/clip/finetune.py:debug` takes seconds on
-a CPU, from a run of `vit_b32.py:debug`. On v5e:1x1: 0.0 d, $0 by the plan, at best.
+a CPU, from a run of `vit_b32.py:debug`. On v5e:1x1: 2.7 min, $0.05 by the plan, at best.
 """
 
 import ml_collections

@@ -106,7 +106,6 @@ def costs_lines(plan: Plan, costs: Costs, price: float) -> list[str]:
             lines.append(
                 f"  {part.kind:20}{part.bytes / 1e6:>10,.0f} MB{1e3 * part.seconds:>9,.1f} ms  {part.purpose}{network}"
             )
-    dollars = plan.chip_hours * price
     lines += [
         f"step            {seconds(costs.step_seconds)} by the roofline, limited by {costs.limited_by}",
         f"  {seconds(costs.compute_seconds):>9} of the matrix unit, {seconds(costs.hbm_seconds)} of memory traffic: "
@@ -120,8 +119,9 @@ def costs_lines(plan: Plan, costs: Costs, price: float) -> list[str]:
     lines += [
         f"speed           {plan.examples_per_second:,.0f} examples/s, {plan.mfu:.1%} of the peak of "
         f"{chip.flops / 1e12:,.0f} TFLOP/s (MFU), at best",
-        f"whole run       {plan.steps:,} steps, {plan.steps * costs.step_seconds / 3600:,.1f} h, "
-        f"{plan.chip_hours:,.0f} chip-hours, ${dollars:,.0f} at ${price:.2f}",
+        f"whole run       {plan.steps:,} steps, {duration(plan.steps * costs.step_seconds)}, "
+        f"{plan.chip_hours:,.{0 if plan.chip_hours >= 10 else 2}f} chip-hours, {dollars(plan.chip_hours * price)} at "
+        f"${price:.2f}",
     ]
     return lines
 
@@ -165,3 +165,18 @@ def gib(amount: float) -> str:
 
 def seconds(amount: float) -> str:
     return f"{amount:.2f} s" if amount >= 1 else f"{1e3 * amount:.1f} ms"
+
+
+def duration(amount: float) -> str:
+    """Of seconds, in the unit that suits a run."""
+    if amount >= 8640:
+        return f"{amount / 86400:,.1f} d"
+    if amount >= 3600:
+        return f"{amount / 3600:.1f} h"
+    return f"{amount / 60:.1f} min" if amount >= 60 else f"{amount:.0f} s"
+
+
+def dollars(amount: float) -> str:
+    if amount < 0.01:
+        return "less than $0.01"
+    return f"${amount:,.0f}" if amount >= 10 else f"${amount:.2f}"

@@ -21,7 +21,7 @@ import ml_collections
 from clip_jax.files import write_atomically
 from launch import command
 from launch.planning import hardware
-from launch.planning.report import gib, seconds
+from launch.planning.report import dollars, duration, gib, seconds
 from launch.planning.step import Plan, compile_step, lower_step
 from launch.tasks import build_task
 
@@ -150,7 +150,7 @@ def cells(row: Row, plan: Plan) -> list[str]:
             seconds(costs.step_seconds),
             costs.limited_by,
             f"{plan.mfu:.1%}",
-            f"{plan.steps * costs.step_seconds / 86400:,.1f} d, ${plan.chip_hours * plan.topology.chip.price:,.0f}",
+            f"{duration(plan.steps * costs.step_seconds)}, {dollars(plan.chip_hours * plan.topology.chip.price)}",
         ]
     return [*start, *figures, f"{plan.compile_seconds:.0f} s", plan.program, row.digest()]
 
