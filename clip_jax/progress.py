@@ -12,7 +12,8 @@ def brief(over: Iterable[Any] | None = None, *, total: int, desc: str, unit: str
 
     Below another's bar, a trainer's say, it stands in the next line and leaves nothing there.
     """
+    # Where there is one process JAX is not asked: it would look for devices, which not every command needs.
+    others = jax.distributed.is_initialized() and jax.process_index() > 0
     return tqdm(
-        over, total=total, desc=desc, unit=unit, delay=1, leave=False, dynamic_ncols=True,
-        disable=jax.process_index() > 0 or None,
-    )  # fmt: skip
+        over, total=total, desc=desc, unit=unit, delay=1, leave=False, dynamic_ncols=True, disable=others or None
+    )

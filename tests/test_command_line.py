@@ -146,3 +146,13 @@ def test_bars_are_quiet_off_a_terminal_and_what_is_written_beside_them_has_a_str
                 written += 1
                 assert "file" in named, f"{where}: without `file`, it spoils JSON on stdout"
     assert bars > 10 and written > 5
+
+
+def test_a_bar_does_not_look_for_devices() -> None:
+    """A command that computes nothing must not take a TPU from one that does."""
+    code = (
+        "from clip_jax.progress import brief; assert list(brief([1, 2], total=2, desc='a', unit='b')) == [1, 2]; "
+        "import jax._src.xla_bridge as b; assert not b.backends_are_initialized()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

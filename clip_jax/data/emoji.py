@@ -24,6 +24,7 @@ from PIL import Image
 from clip_jax.data import packages
 from clip_jax.data.tokenizer import train_tokenizer
 from clip_jax.data.writing import write_tfds
+from clip_jax.progress import brief
 
 VERSION = "1.0.0"
 SEEN_STYLES = ("noto", "noto-v1", "twemoji", "emojione", "emojione-monotone", "fxemoji", "streamline-emojis")
@@ -175,7 +176,9 @@ def examples(read: Reader, size: int) -> dict[str, list[dict[str, Any]]]:
     splits: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("train", "held_out_style", "unseen_concepts", "unseen_concepts_held_out_style")
     }
-    pictures = {(style, code): encode(svg, size) for style in styles for code, svg in drawings[style].items()}
+    drawn_as = [(style, code, svg) for style in styles for code, svg in drawings[style].items()]
+    bar = brief(drawn_as, total=len(drawn_as), desc="emoji", unit="picture")
+    pictures = {(style, code): encode(svg, size) for style, code, svg in bar}
     # A drawing that a style uses for several concepts says nothing of which, and could stand on both sides.
     uses = collections.Counter((style, picture) for (style, _), picture in pictures.items())
     left_out = 0

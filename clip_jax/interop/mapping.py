@@ -20,6 +20,7 @@ from flax import traverse_util
 from clip_jax import sharding
 from clip_jax.errors import CheckpointError
 from clip_jax.models.variants import build_text, build_two_tower, build_vision
+from clip_jax.progress import brief
 
 Arrays = dict[str, np.ndarray]
 PyTree = Any
@@ -151,7 +152,7 @@ def fill(
     report = Report()
     found: Arrays = {}
     left_out = set()
-    for row in rows:
+    for row in brief(rows, total=len(rows), desc="weights", unit="row"):
         if row.ours not in shapes:
             continue
         pieces = []
@@ -194,7 +195,7 @@ def to_theirs(rows: Sequence[Row], variables: PyTree) -> Arrays:
         raise CheckpointError(f"this layout has no place for {unmapped[0]}")
     parts: dict[str, dict[int, np.ndarray]] = {}
     theirs: Arrays = {}
-    for row in rows:
+    for row in brief(rows, total=len(rows), desc="weights", unit="row"):
         if row.ours in ours:
             value = ours[row.ours]
             layers = value if "*" in row.theirs else [value]

@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from clip_jax.errors import CheckpointError
+from clip_jax.progress import brief
 
 Tensors = dict[str, np.ndarray]
 
@@ -76,7 +77,7 @@ def read_tensors(path: str | Path, *, allow_nan: bool = False) -> Tensors:
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
     if not allow_nan:
-        for key, value in tensors.items():
+        for key, value in brief(tensors.items(), total=len(tensors), desc=f"reading {path.name}", unit="tensor"):
             if value.dtype.kind not in "iub" and np.isnan(value).any():
                 raise CheckpointError(f"{path}: {key} holds values that are no numbers (NaN); allow_nan lets them in")
     return tensors

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clip_jax.errors import ConfigError
+from clip_jax.progress import brief
 from flamingo_jax.data.prompts import CAPTION, before_tags
 from flamingo_jax.evaluation.benchmarks import CAPTIONING, CLASSIFICATION, VQA, Benchmark, Record
 from flamingo_jax.evaluation.captioning import bleu, cider, coco_words
@@ -185,7 +186,8 @@ class Evaluation:
         prompts that the model has no room for (ConfigError).
         """
         answers = self.benchmark.classes if self.benchmark.kind == CLASSIFICATION else ()
-        for condition in self.settings.conditions():
+        conditions = self.settings.conditions()
+        for condition in brief(conditions, total=len(conditions), desc="prompts", unit="condition"):
             _, _, asked, shots = self._put(condition)
             prompts = [[*before, query] for before, query in zip(shots, asked, strict=True)]
             self.model.check(prompts, self._new_tokens(), answers)

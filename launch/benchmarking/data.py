@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from clip_jax.errors import UserError
+from clip_jax.progress import brief
 from launch.benchmarking.peers import import_peers
 from launch.benchmarking.rows import Result, Row, Settings, Skipped
 
@@ -204,7 +205,7 @@ def rows(settings: Settings) -> Iterator[Result]:
         }
         found: dict[str, list[Rates]] = {side: [] for side in sides}
         left_out = ""
-        for _ in range(settings.rounds):
+        for _ in brief(range(settings.rounds), total=settings.rounds, desc="data", unit="turn"):
             for side, run in sides.items():
                 if side == "PyTorch" and left_out:
                     continue

@@ -14,6 +14,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from clip_jax import sharding
+from clip_jax.progress import brief
 from clip_jax.training import state as train_state
 from clip_jax.training.loop import parameter_count
 from clip_jax.training.optimizer import make_optimizer
@@ -142,10 +143,15 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology, build_ta
 
     Raises ConfigError for a config, mesh or topology that can't be.
     """
-    with without_data(config) as config:
+    with without_data(config) as config, brief(total=3, desc="trace", unit="part") as bar:
         lowered = lower(config, topology, build_task)
+        bar.update()
         ideal = model_flops(config, build_task, topology.devices[:1]) / topology.chips
-    return compile_lowered(lowered, topology, config.steps, ideal)
+        bar.set_description(f"compile for {topology.name}")
+        bar.update()
+        plan = compile_lowered(lowered, topology, config.steps, ideal)
+        bar.update()
+        return plan
 
 
 def lower_step(config: ml_collections.ConfigDict, topology: Topology, build_task: BuildTask) -> Lowered:

@@ -21,6 +21,8 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clip_jax.data.curation import files, records, shards, stages
 from clip_jax.data.curation.queries import (
@@ -38,6 +40,7 @@ from clip_jax.data.curation.queries import (
 from clip_jax.data.curation.settings import Settings
 from clip_jax.data.sources import open_source
 from clip_jax.errors import DataError, UserError
+from clip_jax.progress import brief
 
 
 def curate(settings: Settings, runner: str = "DirectRunner", beam_options: Sequence[str] = ()) -> dict[str, Any]:
@@ -49,24 +52,26 @@ def curate(settings: Settings, runner: str = "DirectRunner", beam_options: Seque
     check_same(settings, size)
     files.remove_leftovers(settings.output)
     parts = list(range(-(-size // settings.part)))
-    run = Runner(settings, runner, beam_options)
-    there = files.names(f"{settings.output}/work/scan")
-    missing = [part for part in parts if f"{part:06d}.parquet" not in there]
-    run.stage("scan", lambda root: stages.scan(root, settings, missing, size), size, bool(missing))
-    run.stage("unique", lambda root: stages.unique(root, settings, parts, size), size)
-    run.stage("counts", lambda root: stages.count(root, settings, parts), size)
-    if settings.balance == "cap":
-        run.stage("cuts", lambda root: stages.cut(root, settings, parts), size)
-    run.stage("balance", lambda root: stages.balanced(root, settings, parts), size)
-    sizes = files.read_table(settings.file("balance", "sizes"))["pairs"].to_pylist()
-    planned = shards.plan(sizes, settings.shard_size)
-    if not planned:
-        raise DataError(f"{settings.input}: no pair stays; the reasons are in {settings.file('counts', 'reasons')}")
-    there = files.names(settings.shards)
-    stems = [shards.stem(settings.shards, i, len(planned)) for i in range(len(planned))]
-    missing = [i for i, stem in enumerate(stems) if f"{stem.rpartition('/')[2]}.parquet" not in there]
-    run.stage("shards", lambda root: stages.write_shards(root, settings, planned, missing), sum(sizes), bool(missing))
-    return run.said
+    with logging_redirect_tqdm(), brief(total=5 + (settings.balance == "cap"), desc="curate", unit="stage") as bar:
+        run = Runner(settings, runner, beam_options, bar)
+        there = files.names(f"{settings.output}/work/scan")
+        missing = [part for part in parts if f"{part:06d}.parquet" not in there]
+        run.stage("scan", lambda root: stages.scan(root, settings, missing, size), size, bool(missing))
+        run.stage("unique", lambda root: stages.unique(root, settings, parts, size), size)
+        run.stage("counts", lambda root: stages.count(root, settings, parts), size)
+        if settings.balance == "cap":
+            run.stage("cuts", lambda root: stages.cut(root, settings, parts), size)
+        run.stage("balance", lambda root: stages.balanced(root, settings, parts), size)
+        sizes = files.read_table(settings.file("balance", "sizes"))["pairs"].to_pylist()
+        planned = shards.plan(sizes, settings.shard_size)
+        if not planned:
+            raise DataError(f"{settings.input}: no pair stays; the reasons are in {settings.file('counts', 'reasons')}")
+        there = files.names(settings.shards)
+        stems = [shards.stem(settings.shards, i, len(planned)) for i in range(len(planned))]
+        missing = [i for i, stem in enumerate(stems) if f"{stem.rpartition('/')[2]}.parquet" not in there]
+        pairs, some = sum(sizes), bool(missing)
+        run.stage("shards", lambda root: stages.write_shards(root, settings, planned, missing), pairs, some)
+        return run.said
 
 
 def make_queries(
@@ -102,11 +107,16 @@ def make_queries(
 class Runner:
     """Runs a stage unless it is done, and writes down that it is, and what it took."""
 
-    def __init__(self, settings: Settings, runner: str, beam_options: Sequence[str]):
-        self._settings, self._runner, self._options = settings, runner, list(beam_options)
+    def __init__(self, settings: Settings, runner: str, beam_options: Sequence[str], bar: tqdm):
+        self._settings, self._runner, self._options, self._bar = settings, runner, list(beam_options), bar
         self.said: dict[str, Any] = {}
 
     def stage(self, name: str, build: Callable[[Any], Any], pairs: int, missing: bool = False) -> None:
+        self._bar.set_description(f"curate: {name}")
+        self._run(name, build, pairs, missing)
+        self._bar.update()
+
+    def _run(self, name: str, build: Callable[[Any], Any], pairs: int, missing: bool) -> None:
         done = self._settings.file(name)
         if files.exists(done) and not missing:
             self.said[name] = json.loads(files.read_text(done)) | {"again": False}
