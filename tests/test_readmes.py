@@ -202,8 +202,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for workdir in (quickstart / "clip", root / "runs" / "mine"):
         write_run(workdir, clip, ClipTask(clip, one()))
     flamingo = flamingo_config.get_config("debug")
-    for workdir in (quickstart / "flamingo", root / "runs" / "smollm2"):
-        write_run(workdir, flamingo, FlamingoTask(flamingo, one()))
+    write_run(quickstart / "flamingo", flamingo, FlamingoTask(flamingo, one()))
     write_published(root)
     write_shards(root / "web", shards=12, rows=3)
     pictures = root / "pictures"
