@@ -170,9 +170,12 @@ def set_up() -> None:
     for noisy in ("absl", "jax", "orbax", "etils", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if devices := re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
-        # XLA's pool of threads on a CPU: a collective blocks one on every device, and with only as many as devices two
-        # collectives can wait for each other for ever.
+        # Virtual devices on a CPU. A collective blocks a thread of XLA's pool on each, and with only as many as devices
+        # two can wait for each other for ever; and so can they where a device's operations run side by side, as
+        # devices then begin them in different orders.
         os.environ.setdefault("NPROC", str(4 * int(devices[1])))
+        if "xla_cpu_multi_thread_eigen" not in os.environ["XLA_FLAGS"]:
+            os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     cluster.initialize()

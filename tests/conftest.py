@@ -12,12 +12,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # A collective blocks a thread of XLA's pool on every device: with as many threads as cores or devices, two at a time
 # can wait for each other for ever.
 os.environ["NPROC"] = str(4 * DEVICES)
+# Operations of one device run one after the other: side by side, XLA lets devices begin collectives in different
+# orders, and on busy cores they wait for each other for ever (seen in two of three runs of a step of two data sets).
 # 8 devices on 2 cores can starve a collective of the time it is given by default. Most of the suite's time is
 # compilation, of programs that run for milliseconds: LLVM is not asked to polish them (XLA's own passes all run), and
 # fusions are emitted loop by loop, not through MLIR, which takes twice as long (JAX 0.12 has no choice left).
 os.environ["XLA_FLAGS"] = " ".join(
     [
         f"--xla_force_host_platform_device_count={DEVICES}",
+        "--xla_cpu_multi_thread_eigen=false",
         "--xla_cpu_collective_call_terminate_timeout_seconds=300",
         "--xla_backend_optimization_level=0",
         *["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10."),
