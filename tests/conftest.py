@@ -13,7 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # can wait for each other for ever.
 os.environ["NPROC"] = str(4 * DEVICES)
 # Operations of one device run one after the other: side by side, XLA lets devices begin collectives in different
-# orders, and on busy cores they wait for each other for ever (seen in two of three runs of a step of two data sets).
+# orders, and on busy cores they wait for each other for ever (11 of 18 runs of a step of two data sets, three at once).
 # 8 devices on 2 cores can starve a collective of the time it is given by default. Most of the suite's time is
 # compilation, of programs that run for milliseconds: LLVM is not asked to polish them (XLA's own passes all run), and
 # fusions are emitted loop by loop, not through MLIR, which takes twice as long (JAX 0.12 has no choice left).
