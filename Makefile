@@ -6,7 +6,7 @@ PEERS_VENV ?= .venv-peers
 RUN = $(VENV)/bin/python
 PYTEST_ARGS ?=
 # A module's tests share their fixtures, so they stay in one process. Where one ends that process, the suite ends and
-# names it: what would be started in its place waits for ever.
+# names it: what would be started in its place waits for ever. tests/conftest.py says in which order modules begin.
 WORKERS ?= 2
 # Large pages for XLA's buffers on a CPU, kept instead of returned to the system: a third less time (glibc only).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8000000000:glibc.malloc.mmap_threshold=4000000000
@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) -m launch.quickstart
 
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest -n $(WORKERS) --dist loadscope --max-worker-restart 0 $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_ARGS)
 
 # Fifty random kills of a run, which then must have lost nothing; Flamingo on four processes, two and one.
 test-slow: $(VENV)/.installed-dev

@@ -36,6 +36,16 @@ from jax.sharding import Mesh  # noqa: E402
 from clip_jax.sharding import make_mesh  # noqa: E402
 
 ORACLES = Path(__file__).parent / "oracles"
+# The modules that take longest, which begin first: two processes then end at about the same time.
+LONG = ("multiprocess", "test_flamingo_task", "test_training", "test_plan", "test_quickstart", "test_recipes",
+        "test_readmes")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        return next((i for i, name in enumerate(LONG) if name in item.nodeid.split("::")[0]), len(LONG))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(params=[1, 2, 4, 8], ids=lambda n: f"{n}dev")
