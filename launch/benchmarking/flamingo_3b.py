@@ -1,4 +1,4 @@
-"""Flamingo-3B, of a size that no other library has a trainer for: what share of a GPU its step and decoding reach."""
+"""Flamingo-3B by itself, of its own config: what share of a GPU its training step and its decoding reach."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
